@@ -1,0 +1,366 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`SourceAttributor`: from a training record and a text to scores of every training row."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..data import CausalLMCollator
+from ..errors import ConfigError, DataError, UnsupportedError
+from ..gradients import CausalLMTask, RowGradients, Task
+from ..outputs.columns import add_score_columns, check_names, top_table
+from ..recording import StageRecord, TrainingRecord
+from ..source import WalkSettings
+from .methods import METHODS, make_curvature
+from .plan import Plan, make_plan
+from .queries import Queries
+from .rows import StageRows, collate
+
+
+class SourceAttributor:
+    """Attributes what a recorded model says to the rows it was trained on.
+
+    A score is the predicted change of the query's negative log-likelihood (nats) had the row not been trained on:
+    positive, the row supports the completion; negative, it opposes it. Scores add over rows, segments and stages.
+
+    Args:
+        record: what training left behind.
+        method: one of `hf_source.attribution.METHODS`.
+        curvature: `"joint"` (all layers at once), `"ekfac"` (the paper's), `"identity"`, `"exact"` (tiny models).
+        num_samples: sampled-label gradients per segment; more is more accurate and costs `num_samples^2` memory.
+        tail: give `joint` its block-diagonal tail.
+        datasets: stage name -> dataset, for stages whose rows the record does not hold or that are given anew.
+        model: a callable giving a fresh model for a stage, for architectures that transformers cannot rebuild.
+        task: what defines a row's loss; causal language modelling by default.
+        data_collator: the Trainer's, if it masked labels in its own way.
+        max_tokens_per_batch: padded tokens per forward pass.
+        memory_budget: bytes for the columns of the sample matrix held at once.
+        dtype: of gradients.
+        seed: of the sampled rows and labels.
+        accelerator: places the model and shares rows among processes.
+        progress: show progress bars (main process only).
+
+    Raises:
+        ConfigError: if `method` or `curvature` is unknown.
+    """
+
+    def __init__(
+        self,
+        record: TrainingRecord,
+        *,
+        method: str = "source",
+        curvature: str = "joint",
+        num_samples: int = 1024,
+        tail: bool = True,
+        datasets: Mapping[str, Dataset] | None = None,
+        model: Callable[[StageRecord], nn.Module] | None = None,
+        task: Task | None = None,
+        data_collator: Any = None,
+        max_tokens_per_batch: int = 4096,
+        memory_budget: int = 2**30,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        accelerator: Accelerator | None = None,
+        progress: bool = True,
+    ) -> None:
+        if method not in METHODS:
+            raise ConfigError(f"method={method!r} is unknown; choose one of {', '.join(sorted(METHODS))}.")
+        if num_samples < 1:
+            raise ConfigError(f"num_samples={num_samples}: at least one sampled gradient is needed (1024 is usual).")
+        self.record = record
+        self.method = method
+        self.curvature_name = curvature
+        self.curvature = make_curvature(curvature, tail=tail, memory_budget=memory_budget)
+        self.num_samples = num_samples
+        self.task = task or CausalLMTask()
+        self.data_collator = data_collator
+        self.max_tokens_per_batch = max_tokens_per_batch
+        self.memory_budget = memory_budget
+        self.dtype = dtype
+        self.seed = seed
+        self.accelerator = accelerator or Accelerator()
+        self.device = self.accelerator.device
+        self.show_progress = progress
+        self.processing_class = record.processing_class()
+        self._make_model = model
+        self._datasets: dict[str, Dataset] = {}
+        self._rows: dict[str, StageRows] = {}
+        self._walked: dict[tuple, dict[str, np.ndarray]] = {}
+        self._walks: dict[tuple, Any] = {}
+        for name, dataset in (datasets or {}).items():
+            self.set_dataset(name, dataset)
+
+    @classmethod
+    def from_record(cls, path: str | Path, **settings: Any) -> "SourceAttributor":
+        """Open a record directory, or a record on the Hub, with the settings of the class.
+
+        Raises:
+            RecordError: if the record is missing, torn or incomplete.
+        """
+        return cls(TrainingRecord.load(path), **settings)
+
+    # ---- what is attributed to what ----------------------------------------------------------------------------
+
+    def set_dataset(self, stage: str | None, dataset: Dataset) -> StageRows:
+        """Give a stage's dataset; it is checked against the record.
+
+        Raises:
+            DataError: if it is not the dataset the stage was trained on.
+            RecordError: if there is no such stage.
+        """
+        record = self.record.stage(stage)
+        if self._datasets.get(record.name) is not dataset or record.name not in self._rows:
+            self._rows[record.name] = self._stage_rows(record, dataset)
+            self._datasets[record.name] = dataset
+        return self._rows[record.name]
+
+    def _stage_rows(self, stage: StageRecord, dataset: Dataset | None) -> StageRows:
+        return StageRows(stage, dataset, self.processing_class, self.data_collator, self.max_tokens_per_batch)
+
+    def rows(self, stage: StageRecord) -> StageRows:
+        """The rows of a stage: as given, or as the record holds them.
+
+        Raises:
+            DataError: if neither does.
+        """
+        if stage.name not in self._rows:
+            self._rows[stage.name] = self._stage_rows(stage, None)
+        return self._rows[stage.name]
+
+    def all_rows(self) -> dict[str, StageRows]:
+        """Rows of every stage: the walk to an early stage passes through the later ones."""
+        return {stage.name: self.rows(stage) for stage in self.record.stages}
+
+    def build_model(self, stage: StageRecord) -> nn.Module:
+        """The stage's model at its final weights, in evaluation mode on the attributor's device."""
+        if self._make_model is None:
+            model = stage.build_model(self.dtype)
+        else:
+            model = self._make_model(stage)
+            stage.load_weights(model, "final")
+        return model.to(self.device, self.dtype).eval()
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that the model's context holds, where its configuration says."""
+        return self.record.stages[-1].context_length
+
+    # ---- queries -----------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[str | list[dict[str, str]]],
+        max_new_tokens: int = 32,
+        names: Sequence[str] | None = None,
+        batch_size: int = 32,
+        **generate_kwargs: Any,
+    ) -> Queries:
+        """Let the trained model complete prompts, and make queries of what it said.
+
+        Args:
+            prompts: texts, or chats (lists of messages) where the tokenizer has a chat template.
+            max_new_tokens: longest completion.
+            names: by default `q0`, `q1`, ...
+            batch_size: prompts generated at once.
+            generate_kwargs: for `model.generate`; greedy decoding by default.
+
+        Raises:
+            DataError: if a prompt is empty or leaves no room for the completion.
+        """
+        if self.processing_class is None:
+            raise DataError("The record holds no tokenizer: train with `processing_class=`, or use Queries.from_dataset.")
+        prompts = [self._prompt_text(prompt) for prompt in prompts]
+        model = self.build_model(self.record.stages[-1])
+        rows: list[dict[str, list[int]]] = []
+        for start in self.progress(range(0, len(prompts), batch_size), "generating"):
+            rows += self._generate(model, prompts[start : start + batch_size], max_new_tokens, generate_kwargs)
+        completions = [
+            self.processing_class.decode([label for label in row["labels"] if label != -100], skip_special_tokens=True)
+            for row in rows
+        ]
+        names = [f"q{i}" for i in range(len(prompts))] if names is None else list(names)
+        return Queries(names, prompts, completions, rows).encode(self.processing_class, self.context_length)
+
+    def _prompt_text(self, prompt: str | list[dict[str, str]]) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        return self.processing_class.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+
+    @torch.no_grad()
+    def _generate(self, model, prompts, max_new_tokens, generate_kwargs) -> list[dict[str, list[int]]]:
+        encoded = [self.processing_class(prompt)["input_ids"] for prompt in prompts]
+        for prompt, ids in zip(prompts, encoded, strict=True):
+            if not ids:
+                raise DataError("A prompt is empty: give at least one token to start from.")
+            if self.context_length is not None and len(ids) + max_new_tokens > self.context_length:
+                raise DataError(
+                    f"Prompt {prompt[:40]!r} has {len(ids)} tokens; with max_new_tokens={max_new_tokens} it does not "
+                    f"fit the context of {self.context_length}: shorten it or ask for fewer tokens."
+                )
+        pad, eos = CausalLMCollator(self.processing_class).pad_token_id, self.processing_class.eos_token_id
+        longest = max(map(len, encoded))
+        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in encoded], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in encoded], device=self.device)
+        settings = {"do_sample": False, "pad_token_id": pad, "eos_token_id": eos, **generate_kwargs}
+        output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **settings)
+        rows = []
+        for prompt_ids, tokens in zip(encoded, output[:, longest:].tolist(), strict=True):
+            # A model that ends at once has said "nothing more": its end token is then what there is to explain.
+            completion = tokens[: max(1, tokens.index(eos))] if eos in tokens else tokens
+            rows.append({"input_ids": prompt_ids + completion, "labels": [-100] * len(prompt_ids) + completion})
+        return rows
+
+    def query_gradients(self, gradients: RowGradients, queries: Queries) -> dict[str, torch.Tensor]:
+        """`grad f_q` at the model's present weights: name -> `[queries, *parameter.shape]`."""
+        encoded = queries.encode(self.processing_class, self.context_length)
+        result = {
+            name: torch.empty((len(queries), *parameter.shape), dtype=self.dtype, device=self.device)
+            for name, parameter in gradients.parameters.items()
+        }
+        lengths = np.asarray([len(row["input_ids"]) for row in encoded.rows])
+        order = np.argsort(lengths, kind="stable")[::-1]
+        step = max(1, self.max_tokens_per_batch // int(lengths.max()))
+        for start in range(0, len(order), step):
+            chosen = order[start : start + step]
+            batch = collate(CausalLMCollator(self.processing_class), [encoded.rows[i] for i in chosen], self.device)
+            for name, rows, grads in gradients.blocks(gradients.run(batch)):
+                result[name][torch.as_tensor(chosen[rows].copy(), device=self.device)] = grads.to(self.dtype)
+        return result
+
+    # ---- scores ------------------------------------------------------------------------------------------------
+
+    def scores(self, dataset: Dataset | None, queries: Queries, stage: str | None = None) -> np.ndarray:
+        """Raw scores of a stage's rows, in the order of the dataset.
+
+        Args:
+            dataset: the stage's dataset as the Trainer took it; `None` for the rows the record holds.
+            queries: what to explain.
+            stage: which stage; may be left out if there is only one.
+
+        Returns:
+            float32 `[queries, rows]`, nats for `method="source"`.
+
+        Raises:
+            DataError: if the dataset is not the recorded one, or a query cannot be used.
+            RecordError: if there is no such stage.
+        """
+        record = self.record.stage(stage)
+        rows = self.rows(record) if dataset is None else self.set_dataset(record.name, dataset)
+        queries = queries.encode(self.processing_class, self.context_length)
+        scores = self._stage_scores(record, queries)
+        return scores[:, rows.numbers]
+
+    def _stage_scores(self, stage: StageRecord, queries: Queries) -> np.ndarray:
+        """Scores by row number. The walk stops where it is and goes on when an earlier stage is asked for."""
+        self.record.require_complete()
+        key = tuple((tuple(row["input_ids"]), tuple(row["labels"])) for row in queries.rows)
+        if key not in self._walks:
+            # One walk at a time: its vectors are as large as the model times the queries.
+            self._walks = {key: METHODS[self.method](self, queries)}
+            self._walked[key] = {}
+        found = self._walked[key]
+        while stage.name not in found:
+            done, scores = next(self._walks[key])
+            if self.accelerator.num_processes > 1:
+                scores = self.accelerator.reduce(torch.as_tensor(scores, device=self.device)).cpu().numpy()
+            if not np.isfinite(scores).all():
+                raise UnsupportedError(
+                    f"Scores of stage {done.name!r} are not finite: the recorded weights or preconditioner hold "
+                    "non-finite values. Run `record.verify()`, and check the training loss for divergence."
+                )
+            found[done.name] = scores
+        return found[stage.name]
+
+    def attribute(
+        self, dataset: Dataset | None, queries: Queries, stage: str | None = None, return_scores: bool = False
+    ) -> Dataset | np.ndarray:
+        """Scores as columns of the dataset they belong to.
+
+        Args:
+            dataset, queries, stage: see `scores`.
+            return_scores: give the raw array instead.
+
+        Returns:
+            The dataset with `source_row` (int64, the row's number in training) and one float32 column
+            `source_<name>` per query, ready for `sort`, `filter` and `push_to_hub`.
+
+        Raises:
+            DataError: also if a column of that name exists.
+        """
+        record = self.record.stage(stage)
+        rows = self.rows(record) if dataset is None else self.set_dataset(record.name, dataset)
+        if not return_scores:
+            check_names(rows.given, queries.names)
+        scores = self.scores(dataset, queries, stage)
+        return scores if return_scores else add_score_columns(rows.given, scores, queries.names)
+
+    def top(self, queries: Queries, k: int = 10, opposing: bool = True, stages: Iterable[str] | None = None) -> Dataset:
+        """The rows of every stage that say most about each query, as one long table.
+
+        Args:
+            queries: what to explain.
+            k: supporting rows (ranks 1 to k) per query and stage.
+            opposing: also the k most opposing ones (ranks -1 to -k).
+            stages: names of the stages wanted; all by default.
+
+        Returns:
+            Columns `query`, `stage`, `row`, `rank`, `score`, `text`.
+        """
+        wanted = [self.record.stage(name) for name in (stages or [stage.name for stage in self.record.stages])]
+        parts = []
+        for stage in wanted:
+            self.rows(stage)
+            scores = self._stage_scores(stage, queries.encode(self.processing_class, self.context_length))
+            text = lambda row, rows=self.rows(stage): rows.text(row, self.processing_class)  # noqa: E731
+            parts.append((stage.name, scores, text))
+        return top_table(parts, queries.names, k, opposing)
+
+    def plan(self, dataset: Dataset | None, queries: Queries, stage: str | None = None) -> Plan:
+        """What an attribution will cost, from a short calibration; nothing else is run."""
+        record = self.record.stage(stage) if stage or len(self.record.stages) == 1 else self.record.stages[0]
+        if dataset is not None:
+            self.set_dataset(record.name, dataset)
+        return make_plan(self, queries.encode(self.processing_class, self.context_length), record)
+
+    # ---- small services for the methods ------------------------------------------------------------------------
+
+    def walk_settings(self) -> WalkSettings:
+        """Settings of a Source walk."""
+        return WalkSettings(
+            self.curvature,
+            self.num_samples,
+            self.task,
+            self.dtype,
+            self.device,
+            self.seed,
+            (self.accelerator.process_index, self.accelerator.num_processes),
+            self.progress,
+        )
+
+    def share(self, batches: Sequence) -> Sequence:
+        """This process's share of a list of batches."""
+        return batches[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def progress(self, items: Sequence, description: str) -> Iterable:
+        """A progress bar on the main process."""
+        hidden = not self.show_progress or not self.accelerator.is_main_process
+        return tqdm(items, desc=description, disable=hidden, leave=False)

@@ -1,0 +1,137 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The methods behind `method=`: each takes queries and yields the scores of one stage after another, last to first.
+
+`source` is the library's own; the others are what it is compared with.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ..curvature import CURVATURES
+from ..errors import ConfigError
+from ..gradients import RowGradients
+from ..recording import StageRecord, canonical_name
+from ..source import score_rows, walk
+from .queries import Queries
+
+
+if TYPE_CHECKING:
+    from .attributor import SourceAttributor
+
+
+Scores = Iterator[tuple[StageRecord, np.ndarray]]
+
+
+def source(attributor: "SourceAttributor", queries: Queries) -> Scores:
+    """Source (Bae et al. 2024, arXiv 2405.12186) with the attributor's curvature; nats."""
+    return walk(
+        attributor.record.stages,
+        attributor.all_rows(),
+        lambda gradients: attributor.query_gradients(gradients, queries),
+        attributor.walk_settings(),
+        attributor.build_model,
+    )
+
+
+def grad_dot(attributor: "SourceAttributor", queries: Queries) -> Scores:
+    """Dot product of query and row gradients at the final weights (Charpiat et al. 2019): unitless."""
+    return _final_gradients(attributor, queries, cosine=False)
+
+
+def grad_cos(attributor: "SourceAttributor", queries: Queries) -> Scores:
+    """Cosine of query and row gradients at the final weights: unitless, between -1 and 1."""
+    return _final_gradients(attributor, queries, cosine=True)
+
+
+def _final_gradients(attributor: "SourceAttributor", queries: Queries, cosine: bool) -> Scores:
+    last = attributor.record.stages[-1]
+    model = attributor.build_model(last)
+    last.load_weights(model, "final")
+    names = {canonical_name(name): name for name, _ in model.named_parameters()}
+    for stage in reversed(attributor.record.stages):
+        trained = [names[canonical_name(name)] for name in stage.trainable if canonical_name(name) in names]
+        gradients = RowGradients(model, attributor.task, trained)
+        rows = attributor.rows(stage)
+        gradients.check(rows.collated(rows.shortest(2), attributor.device))
+        vectors = attributor.query_gradients(gradients, queries)
+        scores = np.zeros((len(queries), stage.num_rows), dtype=np.float32)
+        for numbers in attributor.progress(attributor.share(rows.batches(rows.numbers)), f"scoring {stage.name}"):
+            batch = rows.collated(numbers, attributor.device)
+            dots = score_rows(gradients, batch, vectors)
+            scores[:, numbers] = dots / _row_norms(gradients, batch) if cosine else dots
+        if cosine:
+            norms = torch.stack([vector.flatten(1).square().sum(dim=1) for vector in vectors.values()]).sum(dim=0).sqrt()
+            scores /= norms.cpu().clamp_min(1e-30).numpy()[:, None]
+        yield stage, scores
+
+
+def _row_norms(gradients: RowGradients, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    done = gradients.run(batch)
+    total = torch.zeros(done.num_rows)
+    for _, rows, grads in gradients.blocks(done):
+        total[rows] += grads.flatten(1).square().sum(dim=1).cpu()
+    return total.sqrt().clamp_min(1e-30)
+
+
+def bm25(attributor: "SourceAttributor", queries: Queries) -> Scores:
+    """BM25 (Robertson & Zaragoza 2009) of each row's text against the query's prompt and completion: no model at all.
+
+    Raises:
+        ConfigError: if rank_bm25 is not installed.
+    """
+    try:
+        from rank_bm25 import BM25Okapi
+    except ImportError as error:
+        raise ConfigError("method='bm25' needs the package rank_bm25: pip install rank_bm25.") from error
+    for stage in reversed(attributor.record.stages):
+        rows = attributor.rows(stage)
+        index = BM25Okapi([_words(rows.text(row, attributor.processing_class)) for row in rows.numbers])
+        scores = np.zeros((len(queries), stage.num_rows), dtype=np.float32)
+        for position, (_, prompt, completion) in enumerate(queries):
+            scores[position, rows.numbers] = index.get_scores(_words(prompt + completion))
+        yield stage, scores
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower()) or [""]
+
+
+METHODS: dict[str, Callable[["SourceAttributor", Queries], Scores]] = {
+    "source": source,
+    "grad-dot": grad_dot,
+    "grad-cos": grad_cos,
+    "bm25": bm25,
+}
+"""`method=` of `SourceAttributor`."""
+
+SCORES_ARE_NATS = {"source"}
+"""Methods whose scores are predicted changes of the query's loss, in nats; the others' are unitless."""
+
+
+def make_curvature(name: str, **options: object) -> object:
+    """The curvature called `name`, with those of `options` that it has.
+
+    Raises:
+        ConfigError: if there is no such curvature.
+    """
+    if name not in CURVATURES:
+        raise ConfigError(f"curvature={name!r} is unknown; choose one of {', '.join(sorted(CURVATURES))}.")
+    kind = CURVATURES[name]
+    fields = getattr(kind, "__dataclass_fields__", {})
+    return kind(**{key: value for key, value in options.items() if key in fields})

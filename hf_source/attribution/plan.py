@@ -1,0 +1,156 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What an attribution will cost, before anything runs: passes, tokens, time, memory."""
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..curvature import JointCurvature
+from ..gradients import RowGradients
+from ..recording import StageRecord
+from ..source import score_rows, wanted_parameters
+from .queries import Queries
+
+
+if TYPE_CHECKING:
+    from .attributor import SourceAttributor
+
+
+@dataclass
+class StagePlan:
+    """Cost of walking through one stage."""
+
+    name: str
+    num_rows: int
+    num_segments: int
+    sample_passes: int  # over the sampled rows, per segment
+    sample_tokens: int  # in all passes and segments
+    score_tokens: int  # over all segments
+    scored: bool
+
+
+@dataclass
+class Plan:
+    """Predicted cost; `print` it.
+
+    Attributes:
+        method, curvature: as set.
+        num_queries, num_parameters: sizes that decide the cost.
+        stages: in the order they are walked, last to first.
+        seconds: predicted wall time, from a calibration pass over a few rows.
+        memory: bytes held at the peak, by what holds them.
+        disk: bytes read from the record.
+    """
+
+    method: str
+    curvature: str
+    num_queries: int
+    num_parameters: int
+    stages: list[StagePlan]
+    seconds: float
+    memory: dict[str, int] = field(default_factory=dict)
+    disk: int = 0
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes, beside the interpreter and its libraries."""
+        return sum(self.memory.values())
+
+    def __str__(self) -> str:
+        lines = [f"{self.method} ({self.curvature}): {self.num_queries} queries, {self.num_parameters:,} parameters"]
+        for stage in self.stages:
+            what = "walk and score" if stage.scored else "walk through"
+            lines.append(
+                f"  {what} {stage.name!r}: {stage.num_rows:,} rows, {stage.num_segments} segments, "
+                f"{stage.sample_passes} passes over the sample of each, "
+                f"{stage.sample_tokens + stage.score_tokens:,} tokens"
+            )
+        parts = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in self.memory.items())
+        lines.append(f"  about {self.seconds:,.0f} s; peak memory {self.peak_memory / 2**20:,.0f} MiB ({parts})")
+        lines.append(f"  disk: reads {self.disk / 2**20:,.0f} MiB of the record, writes nothing")
+        return "\n".join(lines)
+
+
+def make_plan(attributor: "SourceAttributor", queries: Queries, target: StageRecord) -> Plan:
+    """Predict the cost of attributing `queries` to the rows of `target`, with every later stage walked through."""
+    stages = [stage for stage in attributor.record.stages if stage.index >= target.index]
+    last = stages[-1]
+    model = attributor.build_model(last)
+    wanted = wanted_parameters(model, attributor.record.stages)
+    gradients = RowGradients(model, attributor.task, list(wanted))
+    sizes = [parameter.numel() for parameter in gradients.parameters.values()]
+    element = next(iter(gradients.parameters.values())).element_size()
+    passes = _sample_passes(attributor, sizes, element)
+    plans = [_stage_plan(attributor, stage, passes) for stage in reversed(stages)]
+    tokens = sum(plan.sample_tokens + plan.score_tokens for plan in plans)
+    seconds = tokens * _seconds_per_token(attributor, gradients, last, queries)
+    return Plan(
+        attributor.method,
+        attributor.curvature_name,
+        len(queries),
+        sum(sizes),
+        plans,
+        seconds,
+        _memory(attributor, sizes, element, len(queries)),
+        sum(stage.num_bytes for stage in stages),
+    )
+
+
+def _sample_passes(attributor: "SourceAttributor", sizes: list[int], element: int) -> int:
+    if isinstance(attributor.curvature, JointCurvature):
+        return attributor.curvature.num_passes(sizes, attributor.num_samples, element)
+    return {"ekfac": 2, "identity": 0, "exact": 1}.get(attributor.curvature_name, 1)
+
+
+def _stage_plan(attributor: "SourceAttributor", stage: StageRecord, passes: int) -> StagePlan:
+    rows = attributor.rows(stage)
+    visited = [np.flatnonzero(segment.num_visits()) for segment in stage.segments]
+    if attributor.method != "source":
+        visited, passes = [rows.numbers], 0
+    score_tokens = sum(int(rows.lengths[numbers].sum()) for numbers in visited)
+    sample_tokens = sum(
+        int(rows.lengths[numbers].mean() * attributor.num_samples * passes) for numbers in visited if len(numbers)
+    )
+    return StagePlan(stage.name, stage.num_rows, len(visited), passes, sample_tokens, score_tokens, True)
+
+
+def _memory(attributor: "SourceAttributor", sizes: list[int], element: int, num_queries: int) -> dict[str, int]:
+    total = sum(sizes) * element
+    memory = {"model": total, "query vectors": 3 * num_queries * total}
+    if isinstance(attributor.curvature, JointCurvature):
+        columns = min(attributor.num_samples * total, max(attributor.memory_budget, attributor.num_samples * max(sizes) * element))
+        memory["sample columns"] = 2 * columns
+        memory["sample space"] = 4 * 8 * attributor.num_samples**2
+    return memory
+
+
+def _seconds_per_token(attributor, gradients: RowGradients, stage: StageRecord, queries: Queries) -> float:
+    """Time of forward, backward and contraction with as many vectors as there are queries, on a few real batches."""
+    rows = attributor.rows(stage)
+    batches = rows.batches(rows.numbers)
+    chosen = [batches[i] for i in sorted({0, len(batches) // 2, len(batches) - 1})]
+    vectors = {
+        name: parameter.detach().expand(len(queries), *parameter.shape)
+        for name, parameter in gradients.parameters.items()
+    }
+    gradients.check(rows.collated(rows.shortest(2), attributor.device))
+    score_rows(gradients, rows.collated(chosen[0][:2], attributor.device), vectors)  # warm-up
+    start, tokens = time.perf_counter(), 0
+    for numbers in chosen:
+        score_rows(gradients, rows.collated(numbers, attributor.device), vectors)
+        tokens += int(rows.lengths[numbers].sum())
+    return (time.perf_counter() - start) / tokens

@@ -1,0 +1,319 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`hf-source`: record a training, generate, and ask which rows made the model say it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import ConfigError, HFSourceError
+
+
+app = typer.Typer(
+    help="Which training rows made the model say this, and in which stage?\n\n"
+    "Start with `hf-source demo`. For your own model: `train` (or SourceTrainer in Python) leaves a training record; "
+    "`generate` lets the model speak and writes queries; `plan` tells the cost; `attribute` writes the scores as "
+    "columns of the dataset; `top` shows the rows that matter.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Method(StrEnum):
+    """`--method`."""
+
+    source = "source"
+    grad_dot = "grad-dot"
+    grad_cos = "grad-cos"
+    bm25 = "bm25"
+
+
+class CurvatureName(StrEnum):
+    """`--curvature`."""
+
+    joint = "joint"
+    ekfac = "ekfac"
+    identity = "identity"
+    exact = "exact"
+
+
+Record = Annotated[str, typer.Argument(help="Folder of the training record, or its id on the Hub.")]
+QueriesFile = Annotated[
+    Path | None,
+    typer.Option("--queries", "-q", help="JSON Lines (or csv, parquet) with prompt, completion and optional name."),
+]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")]
+Completions = Annotated[
+    list[str] | None,
+    typer.Option("--completion", "-c", help="What was said after each --prompt. Without it the model generates."),
+]
+MaxNewTokens = Annotated[int, typer.Option(help="Longest generated completion.")]
+Stage = Annotated[str | None, typer.Option(help="Stage whose rows are scored (needed if there are several).")]
+DatasetPath = Annotated[
+    str | None, typer.Option(help="The stage's dataset, as it was trained on. By default the rows in the record.")
+]
+MethodOption = Annotated[Method, typer.Option(help="How rows are scored.")]
+CurvatureOption = Annotated[CurvatureName, typer.Option(help="Curvature of Source: `joint` is the most accurate.")]
+NumSamples = Annotated[int, typer.Option(help="Sampled gradients per segment: accuracy against time and memory.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", help="Any other setting of SourceAttributor as key=value, e.g. seed=1; repeatable."),
+]
+Recipe = Annotated[Path | None, typer.Option(help="YAML file with settings of SourceAttributor; --set overrides it.")]
+
+
+@contextmanager
+def friendly_errors() -> Iterator[None]:
+    """Errors that say what to change are shown as such, without a traceback."""
+    try:
+        yield
+    except HFSourceError as error:
+        from rich.console import Console
+
+        Console(stderr=True).print(f"[bold red]error:[/] {_escaped(str(error))}", soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the record, datasets, page and summary.")] = Path("runs/demo"),
+    num_samples: NumSamples = 512,
+    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+) -> None:
+    """Train a small model on facts about countries in two stages, let it answer, and show which rows made it.
+
+    Runs on a CPU in about two minutes, with no network: the facts come with the package `countryinfo`.
+    """
+    with friendly_errors():
+        from .demo.run import run_demo
+
+        run_demo(out, num_samples=num_samples, seed=seed)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe of one stage.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Overrides, e.g. training.learning_rate=1e-4", show_default=False)
+    ] = None,
+) -> None:
+    """Train one stage and record it.
+
+    A recipe names `model` (Hub id, folder, or a record to go on from) or `model_config` and `tokenizer`, `dataset`,
+    optionally `peft`, and under `training` everything SourceConfig takes:
+
+        model: runs/capitals
+
+        dataset: chats.jsonl
+
+        training: {output_dir: out/sft, record_dir: runs/capitals, stage: sft, num_train_epochs: 3}
+    """
+    with friendly_errors():
+        from .recipes import read_recipe, train_from_recipe
+
+        settings = read_recipe(recipe, overrides or [])
+        path = train_from_recipe(settings)
+        typer.echo(f"Recorded in {path}. Next: hf-source top {path} --prompt '...'")
+
+
+@app.command()
+def generate(
+    record: Record,
+    out: Annotated[Path, typer.Option("--out", "-o", help="JSON Lines file for the queries.")],
+    prompt: Prompts = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.")] = None,
+    max_new_tokens: MaxNewTokens = 32,
+) -> None:
+    """Let the trained model complete prompts, and keep prompts and answers as queries for `attribute` and `top`."""
+    with friendly_errors():
+        prompts = list(prompt or [])
+        if prompts_file is not None:
+            prompts += [line for line in _read_text(prompts_file).splitlines() if line]
+        if not prompts:
+            raise ConfigError("There is no prompt: give --prompt (repeatable) or --prompts-file.")
+        queries = _attributor(record, None, [], {}).generate(prompts, max_new_tokens=max_new_tokens)
+        queries.to_dataset().to_json(str(out))
+        for _, text, completion in queries:
+            typer.echo(f"{text}{completion}")
+        typer.echo(f"Wrote {len(queries)} queries to {out}.")
+
+
+@app.command()
+def plan(
+    record: Record,
+    queries: QueriesFile = None,
+    prompt: Prompts = None,
+    completion: Completions = None,
+    stage: Stage = None,
+    dataset: DatasetPath = None,
+    method: MethodOption = Method.source,
+    curvature: CurvatureOption = CurvatureName.joint,
+    num_samples: NumSamples = 1024,
+    max_new_tokens: MaxNewTokens = 32,
+    recipe: Recipe = None,
+    settings: Settings = None,
+) -> None:
+    """Tell passes, time and memory of an attribution before it runs."""
+    with friendly_errors():
+        attributor = _attributor(record, recipe, settings, _named(method, curvature, num_samples))
+        asked = _queries(attributor, queries, prompt, completion, max_new_tokens)
+        typer.echo(str(attributor.plan(_rows(dataset), asked, stage)))
+
+
+@app.command()
+def attribute(
+    record: Record,
+    out: Annotated[Path, typer.Option("--out", "-o", help="File for the scored rows: .parquet, .csv or .jsonl.")],
+    queries: QueriesFile = None,
+    prompt: Prompts = None,
+    completion: Completions = None,
+    stage: Stage = None,
+    dataset: DatasetPath = None,
+    method: MethodOption = Method.source,
+    curvature: CurvatureOption = CurvatureName.joint,
+    num_samples: NumSamples = 1024,
+    max_new_tokens: MaxNewTokens = 32,
+    recipe: Recipe = None,
+    settings: Settings = None,
+) -> None:
+    """Score every row of a stage, and write the rows with one column per query."""
+    with friendly_errors():
+        writers = {".parquet": "to_parquet", ".csv": "to_csv", ".jsonl": "to_json"}
+        if out.suffix not in writers:
+            raise ConfigError(f"--out {out}: end the name in {', '.join(writers)}.")
+        attributor = _attributor(record, recipe, settings, _named(method, curvature, num_samples))
+        asked = _queries(attributor, queries, prompt, completion, max_new_tokens)
+        scored = attributor.attribute(_rows(dataset), asked, stage)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        getattr(scored, writers[out.suffix])(str(out))
+        from .outputs.tables import describe_columns
+
+        typer.echo(f"Wrote {out}: {describe_columns(scored, asked.names)}.")
+
+
+@app.command()
+def top(
+    record: Record,
+    queries: QueriesFile = None,
+    prompt: Prompts = None,
+    completion: Completions = None,
+    k: Annotated[int, typer.Option("-k", help="Rows per query, stage and direction.")] = 5,
+    opposing: Annotated[bool, typer.Option(help="Also show the rows that speak against it.")] = True,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write an HTML page.")] = None,
+    method: MethodOption = Method.source,
+    curvature: CurvatureOption = CurvatureName.joint,
+    num_samples: NumSamples = 1024,
+    max_new_tokens: MaxNewTokens = 32,
+    recipe: Recipe = None,
+    settings: Settings = None,
+) -> None:
+    """Show the rows of every stage that support or oppose what was said most."""
+    with friendly_errors():
+        from rich.console import Console
+
+        from .attribution.methods import SCORES_ARE_NATS
+        from .outputs.page import write_page
+        from .outputs.tables import print_top
+
+        attributor = _attributor(record, recipe, settings, _named(method, curvature, num_samples))
+        asked = _queries(attributor, queries, prompt, completion, max_new_tokens)
+        table = attributor.top(asked, k=k, opposing=opposing)
+        unit = "nats" if attributor.method in SCORES_ARE_NATS else ""
+        print_top(Console(), asked, table, unit)
+        if out is not None:
+            write_page(out, f"Attribution from {record}", asked, table, unit=unit)
+            typer.echo(f"Wrote {out}.")
+
+
+def _named(method: Method, curvature: CurvatureName, num_samples: int) -> dict[str, Any]:
+    return {"method": method.value, "curvature": curvature.value, "num_samples": num_samples}
+
+
+def _attributor(record: str, recipe: Path | None, overrides: list[str] | None, named: dict[str, Any]) -> Any:
+    """The attributor, with settings from the recipe, then the command's options, then `--set`."""
+    import inspect
+
+    import yaml
+
+    from . import SourceAttributor
+    from .recipes import apply_override
+
+    settings: dict[str, Any] = (yaml.safe_load(_read_text(recipe)) or {}) if recipe is not None else {}
+    settings = {**named, **settings}
+    for override in overrides or []:
+        apply_override(settings, override)
+    known = set(inspect.signature(SourceAttributor.__init__).parameters) - {"self", "record"}
+    unknown = sorted(set(settings) - known)
+    if unknown:
+        raise ConfigError(f"{unknown[0]!r} is not a setting of SourceAttributor; it has {', '.join(sorted(known))}.")
+    return SourceAttributor.from_record(record, **settings)
+
+
+def _queries(
+    attributor: Any, file: Path | None, prompts: list[str] | None, completions: list[str] | None, max_new_tokens: int
+) -> Any:
+    from . import Queries
+    from .recipes import load_rows
+
+    if (file is None) == (not prompts):
+        raise ConfigError("Say what to explain: either --queries FILE, or --prompt (with --completion, or generated).")
+    if file is not None:
+        rows = load_rows(file)
+        if "input_ids" in rows.column_names:
+            queries = Queries.from_dataset(rows, attributor.processing_class)
+            given = {"prompt", "completion"} <= set(rows.column_names)
+            return Queries(queries.names, rows["prompt"][:], rows["completion"][:], queries.rows) if given else queries
+        missing = {"prompt", "completion"} - set(rows.column_names)
+        if missing:
+            raise ConfigError(f"{file} has no column {sorted(missing)[0]!r}: queries have prompt and completion.")
+        names = rows["name"][:] if "name" in rows.column_names else None
+        return Queries.from_text(rows["prompt"][:], rows["completion"][:], names)
+    if completions:
+        if len(completions) != len(prompts):
+            raise ConfigError(f"{len(prompts)} --prompt but {len(completions)} --completion: give one for each.")
+        return Queries.from_text(prompts, completions)
+    return attributor.generate(prompts, max_new_tokens=max_new_tokens)
+
+
+def _rows(path: str | None) -> Any:
+    from .recipes import load_rows
+
+    return None if path is None else load_rows(path)
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise ConfigError(f"There is no file {path}.")
+    return path.read_text(encoding="utf-8")
+
+
+def main() -> None:
+    """Entry point of `hf-source`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Curvature of a segment: how training forgets, as a linear flow on parameters."""
+
+from .block import Block, fit_block
+from .ekfac import EKFACCurvature
+from .flow import Flow
+from .joint import JointCurvature, SampleSpace
+from .sample import FisherSample, systematic_sample
+from .simple import ExactCurvature, IdentityCurvature, gauss_newton
+
+
+CURVATURES = {
+    "joint": JointCurvature,
+    "ekfac": EKFACCurvature,
+    "identity": IdentityCurvature,
+    "exact": ExactCurvature,
+}
+"""`curvature=` of `SourceAttributor`."""
+
+__all__ = [
+    "CURVATURES",
+    "Block",
+    "EKFACCurvature",
+    "ExactCurvature",
+    "FisherSample",
+    "Flow",
+    "IdentityCurvature",
+    "JointCurvature",
+    "SampleSpace",
+    "fit_block",
+    "gauss_newton",
+    "systematic_sample",
+]

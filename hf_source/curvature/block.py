@@ -1,0 +1,139 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""One parameter's block of the whitened curvature `A = P^{1/2} H P^{1/2}`, diagonal in a Kronecker basis.
+
+A parameter is seen as a matrix `[m, k]` (a vector as `[m, 1]`). The block is `(L x R) diag(mu) (L x R)^T` with
+orthogonal `L [m, m]` and `R [k, k]`, and `mu` the second moment of the whitened sampled-label gradients in that basis
+(eigenvalue correction: George et al. 2018, arXiv 1806.03884). In whitened coordinates `P^{-1/2} theta` Adam is plain
+gradient flow, so no damping is needed and no inverse is taken.
+
+Two choices of basis: `gradient`, eigenvectors of the second moments `E[G G^T]`, `E[G^T G]` of the whitened gradient
+matrices (Shampoo: Gupta et al. 2018, arXiv 1802.09568), exact for a vector; `kfac`, eigenvectors of the covariances of
+a module's inputs and output gradients (Martens & Grosse 2015, arXiv 1503.05671; Grosse et al. 2023, arXiv 2308.03296).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+MAX_FULL_SIDE = 4096
+"""Largest side of a parameter that gets a full basis; a longer one (a vocabulary) stays diagonal."""
+
+
+@dataclass
+class Block:
+    """A parameter's block in its basis.
+
+    Attributes:
+        left: `L [m, m]`, or `None` for the identity.
+        right: `R [k, k]`, or `None` for the identity.
+        eigenvalues: `mu [m, k]`, in whitened coordinates.
+        root: `P^{1/2}`, shape of the parameter or 0-dim.
+    """
+
+    left: torch.Tensor | None
+    right: torch.Tensor | None
+    eigenvalues: torch.Tensor
+    root: torch.Tensor
+
+    def apply(self, vectors: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """`P^{-1/2} function(A) P^{1/2}` on `[vectors, *parameter.shape]`; entries with `P = 0` stay as they are."""
+        change = rotate(as_matrices(vectors * self.root), self.left, self.right)
+        change.mul_(function(self.eigenvalues) - 1)
+        change = unrotate(change, self.left, self.right).reshape(vectors.shape)
+        inverse = torch.where(self.root > 0, 1 / self.root, torch.zeros_like(self.root))
+        return vectors + change.mul_(inverse)
+
+
+def as_matrices(vectors: torch.Tensor) -> torch.Tensor:
+    """`[count, *shape]` as `[count, m, k]`."""
+    if vectors.dim() <= 2:
+        return vectors.reshape(len(vectors), -1, 1)
+    return vectors.flatten(2)
+
+
+def rotate(matrices: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None) -> torch.Tensor:
+    """`L^T G R` for each `G` in `[count, m, k]`."""
+    if left is not None:
+        matrices = left.T @ matrices
+    return matrices if right is None else matrices @ right
+
+
+def unrotate(matrices: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None) -> torch.Tensor:
+    """`L G R^T` for each `G` in `[count, m, k]`."""
+    if left is not None:
+        matrices = left @ matrices
+    return matrices if right is None else matrices @ right.T
+
+
+class GradientMoments:
+    """Accumulates `sum_i G_i G_i^T` and `sum_i G_i^T G_i` of whitened gradient matrices.
+
+    Args:
+        shape: the parameter's shape.
+        diagonal_left: keep the left side diagonal (a vocabulary, whose entries rarely share a row).
+    """
+
+    def __init__(self, shape: torch.Size, diagonal_left: bool = False) -> None:
+        rows = shape[0] if shape else 1
+        columns = max(1, shape.numel() // max(rows, 1))
+        self.want_left = rows > 1 and rows <= MAX_FULL_SIDE and not diagonal_left
+        self.want_right = columns > 1 and columns <= MAX_FULL_SIDE
+        self.left: torch.Tensor | None = None
+        self.right: torch.Tensor | None = None
+
+    def add(self, matrices: torch.Tensor) -> None:
+        """Add `[count, m, k]` matrices."""
+        if self.want_left:
+            flat = matrices.transpose(0, 1).flatten(1)
+            self.left = _plus(self.left, flat @ flat.T)
+        if self.want_right:
+            flat = matrices.flatten(0, 1)
+            self.right = _plus(self.right, flat.T @ flat)
+
+    def bases(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Eigenvectors of both moments."""
+        return eigenvectors(self.left), eigenvectors(self.right)
+
+
+def _plus(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
+    return part if total is None else total.add_(part)
+
+
+def eigenvectors(moment: torch.Tensor | None) -> torch.Tensor | None:
+    """Eigenvectors of a symmetric second moment, computed in float64: repeated eigenvalues and ranks far below the
+    size are the rule here, and float32 solvers are known to fail on them. `None` stays `None`.
+    """
+    if moment is None:
+        return None
+    symmetric = moment.double()
+    symmetric = (symmetric + symmetric.T) / 2
+    return torch.linalg.eigh(symmetric).eigenvectors.to(moment.dtype)
+
+
+def fit_block(samples: torch.Tensor, preconditioner: torch.Tensor, diagonal_left: bool = False) -> Block:
+    """The block of one parameter from its columns of `S`, with the `gradient` basis.
+
+    Args:
+        samples: `[n, *parameter.shape]`.
+        preconditioner: `P`, shape of the parameter or 0-dim.
+    """
+    root = preconditioner.sqrt().to(samples)
+    matrices = as_matrices(samples * root)
+    moments = GradientMoments(samples.shape[1:], diagonal_left)
+    moments.add(matrices)
+    left, right = moments.bases()
+    return Block(left, right, rotate(matrices, left, right).square_().sum(dim=0), root)

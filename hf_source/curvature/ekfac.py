@@ -1,0 +1,145 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`ekfac`: the paper's block-diagonal curvature, in whitened coordinates.
+
+Every parameter has its own block (`block.py`): a basis from Kronecker factors, and eigenvalues corrected in it. The
+flow of a segment is then an elementwise function of the eigenvalues (Bae et al. 2024, arXiv 2405.12186, section 3.3),
+evaluated in `P^{-1/2} theta`, where Adam is plain gradient flow with curvature `P^{1/2} H P^{1/2}`: no damping and no
+diagonal approximation of the exponential is needed. With SGD (`P` a constant) these are the paper's formulas.
+
+Factors: Linear and Conv1D, input covariance x output-gradient covariance; embeddings and heads tied to them, diagonal
+over the vocabulary x full over the hidden size; vectors (norms, biases), dense; anything else, the second moments of
+its gradient matrix. For a `P` that is not constant the covariances are those of `sqrt(v) * input` and
+`sqrt(u) * output gradient`, with `u v^T` the rank-one factorisation of `P` (Shazeer & Stern 2018, arXiv 1804.04235),
+so that the basis belongs to the whitened gradient.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..gradients.rows import Pass, RowGradients
+from ..gradients.rules import by_row, conv1d_weight, linear_weight
+from .block import Block, GradientMoments, as_matrices, eigenvectors, rotate
+from .flow import Flow, decayed, integral
+from .sample import FisherSample
+
+
+Vectors = dict[str, torch.Tensor]
+
+
+def rank_one(preconditioner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`u [m]`, `v [k]` with `P ~ u v^T`: row and column means over the overall mean (exact for a rank-one `P`)."""
+    matrix = preconditioner.double().flatten(1)
+    mean = matrix.mean().clamp_min(torch.finfo(matrix.dtype).tiny)
+    return (matrix.mean(dim=1) / mean).to(preconditioner), matrix.mean(dim=0).to(preconditioner)
+
+
+class KroneckerMoments:
+    """Accumulates the input and output-gradient covariances of a Linear or Conv1D weight.
+
+    Args:
+        gradients: engine whose passes are added.
+        name: the weight.
+        preconditioner: `P`, shape of the weight or 0-dim.
+    """
+
+    def __init__(self, gradients: RowGradients, name: str, preconditioner: torch.Tensor) -> None:
+        (self.use,) = gradients.uses[name]
+        self.transposed = self.use.rule is conv1d_weight
+        self.scales = rank_one(preconditioner) if preconditioner.dim() else (1.0, 1.0)
+        self.left: torch.Tensor | None = None
+        self.right: torch.Tensor | None = None
+
+    @staticmethod
+    def fits(gradients: RowGradients, name: str) -> bool:
+        """Whether the parameter is a Linear or Conv1D weight used in one place only."""
+        uses = gradients.uses[name]
+        return name not in gradients.fallback and len(uses) == 1 and uses[0].rule in (linear_weight, conv1d_weight)
+
+    def add(self, done: Pass, scale: float) -> None:
+        """Add the sums over the pass's tokens (padding left out): inputs once, output gradients times `scale^2`."""
+        for call in done.calls.get(self.use.module, ()):
+            inputs, grads = (by_row(tensor, done.num_rows) for tensor in (call.input, call.grad))
+            mask = done.batch.get("attention_mask")
+            if mask is not None and mask.shape == inputs.shape[:2]:
+                inputs = inputs * mask[..., None]
+            sides = (inputs, grads * scale) if self.transposed else (grads * scale, inputs)
+            left, right = (side.flatten(0, 1) * root**0.5 for side, root in zip(sides, self.scales, strict=True))
+            self.left = left.T @ left if self.left is None else self.left.add_(left.T @ left)
+            self.right = right.T @ right if self.right is None else self.right.add_(right.T @ right)
+
+    def bases(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Eigenvectors of both covariances, in the order of the weight's axes."""
+        return eigenvectors(self.left), eigenvectors(self.right)
+
+
+@dataclass
+class EKFACCurvature:
+    """`ekfac` curvature (see the module).
+
+    Attributes:
+        basis: `"kfac"` (covariances of inputs and output gradients) or `"gradient"` (second moments of gradient
+            matrices, the basis of the tail of `joint`).
+    """
+
+    basis: str = "kfac"
+
+    def propagate(self, vectors: Vectors, flow: Flow, sample: FisherSample) -> tuple[Vectors, Vectors]:
+        """Carry query vectors through a segment; see `JointCurvature.propagate`.
+
+        Different blocks do not interact, so a parameter that the segment does not train passes unchanged.
+        """
+        trained = [name for name in vectors if flow.trains(name)]
+        blocks = self.fit(trained, flow, sample)
+        # Decay goes outside the blocks: they leave alone what the segment does not move, but it decays all the same.
+        carried = {name: q * decayed(flow.decay[name].to(q), flow.length) for name, q in vectors.items()}
+        scoring = {}
+        for name, block in blocks.items():
+            decay = flow.decay[name].to(block.eigenvalues)
+            if decay.dim():  # coupled decay under Adam is elementwise: split it off
+                scoring_q = vectors[name] * (integral(decay, flow.length) / flow.length)
+                rate = torch.zeros_like(decay.sum())
+            else:
+                scoring_q, rate = vectors[name], decay
+            preconditioner = flow.preconditioner[name].to(vectors[name])
+            scoring[name] = preconditioner * block.apply(scoring_q, lambda mu, r=rate: integral(mu + r, flow.length))
+            carried[name] = block.apply(carried[name], lambda mu: decayed(mu, flow.length))
+        return scoring, carried
+
+    def fit(self, names: list[str], flow: Flow, sample: FisherSample) -> dict[str, Block]:
+        """Two passes over the samples: bases, then eigenvalues in them."""
+        roots = {name: flow.preconditioner[name].sqrt().to(sample.gradients.parameters[name]) for name in names}
+        bases = self._bases(names, roots, flow, sample)
+        eigenvalues: dict[str, torch.Tensor] = {}
+        for _, done in sample.passes(names):
+            for name, _, grads in sample.gradients.blocks(done, names):
+                matrices = as_matrices(grads * (roots[name] * sample.scale))
+                part = rotate(matrices, *bases[name]).square_().sum(dim=0)
+                eigenvalues[name] = part if name not in eigenvalues else eigenvalues[name].add_(part)
+        return {name: Block(*bases[name], eigenvalues[name], roots[name]) for name in names}
+
+    def _bases(self, names, roots, flow, sample) -> dict[str, tuple[torch.Tensor | None, torch.Tensor | None]]:
+        gradients = sample.gradients
+        kfac = [name for name in names if self.basis == "kfac" and KroneckerMoments.fits(gradients, name)]
+        others = [name for name in names if name not in kfac]
+        moments = {name: KroneckerMoments(gradients, name, flow.preconditioner[name]) for name in kfac}
+        for name in others:
+            moments[name] = GradientMoments(gradients.parameters[name].shape, name in gradients.vocabulary)
+        for _, done in sample.passes(names):
+            for name in kfac:
+                moments[name].add(done, sample.scale)
+            for name, _, grads in gradients.blocks(done, others):
+                moments[name].add(as_matrices(grads * (roots[name] * sample.scale)))
+        return {name: moments[name].bases() for name in names}

@@ -1,0 +1,115 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The sample matrix `S`: gradients with labels drawn from the model, scaled so that `E[S^T S] = H`.
+
+`H` is the Gauss-Newton matrix of the objective that was trained, the mean over loss items. Row `i` of `S` is the
+gradient of the loss summed over the items of training row `i` with labels drawn from the model. A row is drawn with
+probability proportional to its weight in the segment (learning rate x clip factor / items of its batch, summed over
+visits), so the scale is one number: `1 / sqrt(number of loss items in the whole sample)`.
+
+`S` has one column per parameter and is never held whole: `matrices` gives the columns of a group of parameters.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from ..gradients.rows import Pass, RowGradients, as_rows
+
+
+def systematic_sample(weights: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """`size` row numbers drawn with expected counts proportional to `weights`.
+
+    Systematic sampling in random order: a row's count is its expected count rounded up or down, so a sample as large
+    as the data set holds every equally weighted row once.
+
+    Args:
+        weights: non-negative, float `[rows]`.
+        size: number of draws.
+        seed: of the random order and the offset.
+
+    Returns:
+        int64 `[size]`, sorted.
+    """
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(weights))
+    edges = np.cumsum(weights[order] / weights.sum()) * size
+    points = np.arange(size) + generator.uniform()
+    positions = np.minimum(np.searchsorted(edges, points, side="right"), len(weights) - 1)
+    return np.sort(order[positions])
+
+
+class FisherSample:
+    """Gradients of sampled-label losses on a fixed list of batches.
+
+    Args:
+        gradients: engine at the segment's weights.
+        batches: model inputs; the samples are their rows in order.
+        seed: of the label draws. Labels are drawn once and reused, so every pass sees the same `S`.
+    """
+
+    def __init__(self, gradients: RowGradients, batches: Sequence[dict[str, torch.Tensor]], seed: int = 0) -> None:
+        self.gradients = gradients
+        self.batches = batches
+        self.size = sum(len(batch["labels"]) for batch in batches)
+        items = sum(int(gradients.task.num_items(batch["labels"]).sum()) for batch in batches)
+        self.scale = max(items, 1) ** -0.5
+        self.num_passes = 0
+        self._labels: list[torch.Tensor | None] = [None] * len(batches)
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def passes(self, names: Iterable[str]) -> Iterator[tuple[slice, Pass]]:
+        """Forward and backward over every batch; yields the sample numbers and the finished pass."""
+        self.num_passes += 1
+        start = 0
+        for index, batch in enumerate(self.batches):
+            labels = self._labels[index]
+            done = self.gradients.run(batch, names, labels, self._generator if labels is None else None)
+            self._labels[index] = done.labels
+            yield slice(start, start + done.num_rows), done
+            start += done.num_rows
+
+    def matrices(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Columns of `S` that belong to the named parameters: name -> `[samples, *parameter.shape]`."""
+        result = {}
+        for name in names:
+            parameter = self.gradients.parameters[name]
+            result[name] = parameter.new_empty((self.size, *parameter.shape))
+        for samples, done in self.passes(names):
+            for name, rows, grads in self.gradients.blocks(done, names):
+                torch.mul(grads, self.scale, out=result[name][samples][rows])
+        return result
+
+    def combine(self, coefficients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`S^T C`, each parameter with its own `C`, by one weighted pass that stores no `S`.
+
+        Args:
+            coefficients: name -> `C`, `[samples, vectors]`.
+
+        Returns:
+            name -> `[vectors, *parameter.shape]`.
+        """
+        result = {}
+        for samples, done in self.passes(coefficients):
+            for name, rows, grads in self.gradients.blocks(done, coefficients):
+                part = combine(grads, coefficients[name][samples][rows] * self.scale)
+                result[name] = part if name not in result else result[name].add_(part)
+        return result
+
+
+def combine(columns: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+    """`S^T C` of one parameter: `[samples, *shape]` and `[samples, vectors]` to `[vectors, *shape]`."""
+    flat = coefficients.T.to(columns) @ as_rows(columns)
+    return flat.view(-1, *columns.shape[1:])

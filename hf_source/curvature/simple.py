@@ -1,0 +1,139 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`identity` (no curvature) and `exact` (dense, for tests and tiny models)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import UnsupportedError
+from ..gradients.rows import as_rows
+from .flow import Flow, decayed, forced, integral
+from .sample import FisherSample
+
+
+Vectors = dict[str, torch.Tensor]
+
+
+class IdentityCurvature:
+    """No curvature, `H = 0`: preconditioned gradient dot products summed along training (TracIn-like: Pruthi et al.
+    2020, arXiv 2002.08484), with weight decay.
+    """
+
+    def propagate(self, vectors: Vectors, flow: Flow, sample: FisherSample | None = None) -> tuple[Vectors, Vectors]:
+        """`x = P (1 - exp(-s l)) / l q` and `q' = exp(-s l) q`; see `JointCurvature.propagate`."""
+        scoring, carried = {}, {}
+        for name, q in vectors.items():
+            decay = flow.decay[name].to(q)
+            carried[name] = q * decayed(decay, flow.length)
+            if flow.trains(name):
+                scoring[name] = q * (integral(decay, flow.length) * flow.preconditioner[name].to(q))
+        return scoring, carried
+
+
+@dataclass
+class ExactCurvature:
+    """Dense curvature over all parameters at once, in float64. Cost: `p^2` memory, `p^3` time.
+
+    Attributes:
+        hessian: gives `H [p, p]` of the mean-over-items objective from the sample, parameters in the order of the
+            vectors; by default the Gauss-Newton matrix of the sample's rows, with no label sampling.
+        max_parameters: refuse larger models.
+    """
+
+    hessian: Callable[[FisherSample, list[str]], torch.Tensor] | None = None
+    max_parameters: int = 8192
+
+    def propagate(self, vectors: Vectors, flow: Flow, sample: FisherSample) -> tuple[Vectors, Vectors]:
+        """Carry query vectors through a segment; see `JointCurvature.propagate`.
+
+        On the trained parameters `z = P^{1/2} q` obeys `dz/dt = -A z` with the symmetric
+        `A = P^{1/2} H P^{1/2} + Lambda`; the others are driven by them.
+
+        Raises:
+            UnsupportedError: if the model has more than `max_parameters` parameters.
+        """
+        names = list(vectors)
+        total = sum(vectors[name][0].numel() for name in names)
+        if total > self.max_parameters:
+            raise UnsupportedError(
+                f"curvature='exact' needs a dense {total} x {total} matrix; use curvature='joint', which scales."
+            )
+        hessian = (self.hessian or gauss_newton)(sample, names).double()
+        q = flatten(vectors)
+        preconditioner = _flat_constants(flow.preconditioner, vectors)
+        decay = _flat_constants(flow.decay, vectors)
+        on = preconditioner > 0
+        root = preconditioner[on].sqrt()
+        generator = root[:, None] * hessian[on][:, on] * root + torch.diag(decay[on])
+        rates, modes = torch.linalg.eigh(generator)
+        start = (q[:, on] * root) @ modes
+        scoring, carried = torch.zeros_like(q), q * decayed(decay, flow.length)
+        scoring[:, on] = (start * integral(rates, flow.length)) @ modes.T * root
+        carried[:, on] = (start * decayed(rates, flow.length)) @ modes.T / root
+        for rate in decay[~on].unique():  # not moved by the segment: driven by the moved ones, decaying on their own
+            here = ~on & (decay == rate)
+            moved = (start * forced(rates, float(rate), flow.length)) @ modes.T * root
+            carried[:, here] -= moved @ hessian[on][:, here]
+        trained = [name for name in names if flow.trains(name)]
+        scored = unflatten(scoring, vectors)
+        return {name: scored[name] for name in trained}, unflatten(carried, vectors)
+
+
+def gauss_newton(sample: FisherSample, names: list[str]) -> torch.Tensor:
+    """Generalised Gauss-Newton matrix of the mean-over-items loss on the sample's rows, float64 `[p, p]`.
+
+    `H = 1/N sum over items of J^T (diag(p) - p p^T) J`, with `J` the Jacobian of the item's logits.
+    """
+    gradients = sample.gradients
+    parameters = [gradients.parameters[name] for name in names]
+    total = sum(parameter.numel() for parameter in parameters)
+    result, items = torch.zeros(total, total, dtype=torch.float64), 0
+    for batch in sample.batches:
+        with gradients._requiring_grad(parameters), torch.enable_grad():
+            logits = gradients.task.forward(gradients.model, batch)[:, :-1]
+            logits = logits[batch["labels"][:, 1:] != -100]  # (items, vocabulary)
+            for item in logits:
+                basis = torch.eye(len(item), dtype=item.dtype)
+                columns = torch.autograd.grad(
+                    item, parameters, basis, is_grads_batched=True, retain_graph=True, allow_unused=True
+                )
+                # `None` is a parameter with no part in the logits (`materialize_grads` would give it one row only).
+                jacobian = torch.cat(
+                    [
+                        item.new_zeros(len(item), parameter.numel()) if column is None else as_rows(column)
+                        for parameter, column in zip(parameters, columns, strict=True)
+                    ],
+                    dim=1,
+                ).double()
+                p = item.detach().double().softmax(dim=0)
+                result += jacobian.T @ ((torch.diag(p) - p[:, None] * p) @ jacobian)
+        items += len(logits)
+    return result / items
+
+
+def flatten(vectors: Vectors) -> torch.Tensor:
+    """Vectors as one float64 matrix `[vectors, p]`."""
+    return torch.cat([as_rows(vector).double() for vector in vectors.values()], dim=1)
+
+
+def unflatten(matrix: torch.Tensor, like: Vectors) -> Vectors:
+    """Inverse of `flatten`, with shapes and dtypes of `like`."""
+    parts = matrix.split([vector[0].numel() for vector in like.values()], dim=1)
+    return {name: part.reshape(vector.shape).to(vector) for (name, vector), part in zip(like.items(), parts)}
+
+
+def _flat_constants(constants, vectors: Vectors) -> torch.Tensor:
+    return torch.cat([constants[name].double().expand(vector.shape[1:]).flatten() for name, vector in vectors.items()])

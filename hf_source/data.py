@@ -1,0 +1,227 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Rows: from a dataset as people have it to the tensors a model trains on, the same way in training and attribution.
+
+A *row* is one example of the dataset given to the Trainer. Its *loss items* are the label tokens that enter the loss
+(`labels[1:] != -100` for a causal language model).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+import xxhash
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from .errors import DataError
+
+
+ROW = "source_row"
+"""Column that carries a row's number through shuffling, collating and training."""
+
+IGNORE_INDEX = -100
+
+
+def dataset_kind(column_names: Sequence[str]) -> str:
+    """How rows are given: `"tokenized"` (`input_ids`), `"prompt_completion"` or `"text"`.
+
+    Raises:
+        DataError: if none of the three sets of columns is there.
+    """
+    columns = set(column_names)
+    if "input_ids" in columns:
+        return "tokenized"
+    if {"prompt", "completion"} <= columns:
+        return "prompt_completion"
+    if "text" in columns:
+        return "text"
+    raise DataError(
+        f"The dataset has columns {sorted(columns)}, none of which hf_source can read as rows. Give it a `text` column, "
+        "`prompt` and `completion` columns, or tokenise it yourself to `input_ids` (and `labels`)."
+    )
+
+
+def encode_completion(
+    processing_class: PreTrainedTokenizerBase, prompt: str, completion: str, append_eos: bool = False
+) -> tuple[list[int], list[int]]:
+    """Tokenise `prompt + completion` as one text and mask the prompt.
+
+    The two are encoded together, because many tokenizers merge across the boundary (`"is" + " Paris"`); a token is
+    the completion's if it covers at least one of its characters.
+
+    Returns:
+        `input_ids` and `labels` (`-100` on the prompt's tokens), both of length `num_tokens`.
+    """
+    text = prompt + completion
+    if processing_class.is_fast:
+        encoded = processing_class(text, return_offsets_mapping=True)
+        input_ids = list(encoded["input_ids"])
+        # Special tokens have empty spans (end == 0 or start == end): never the completion's.
+        asked = [end > len(prompt) and end > start for start, end in encoded["offset_mapping"]]
+    else:
+        input_ids = list(processing_class(text)["input_ids"])
+        alone = processing_class(prompt)["input_ids"]
+        common = 0
+        while common < min(len(alone), len(input_ids)) and alone[common] == input_ids[common]:
+            common += 1
+        asked = [position >= common for position in range(len(input_ids))]
+    if append_eos and processing_class.eos_token_id is not None and input_ids[-1:] != [processing_class.eos_token_id]:
+        input_ids.append(processing_class.eos_token_id)
+        asked.append(True)
+    labels = [token if on else IGNORE_INDEX for token, on in zip(input_ids, asked, strict=True)]
+    return input_ids, labels
+
+
+def _encode_text(processing_class: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
+    input_ids = list(processing_class(text)["input_ids"])
+    if processing_class.eos_token_id is not None and input_ids[-1:] != [processing_class.eos_token_id]:
+        input_ids.append(processing_class.eos_token_id)
+    return input_ids, list(input_ids)
+
+
+def prepare_rows(
+    dataset: Dataset, processing_class: PreTrainedTokenizerBase | None = None, max_length: int | None = None
+) -> Dataset:
+    """Rows as token ids; a dataset that has `input_ids` already passes through unchanged.
+
+    `text` rows train on every token, `prompt`/`completion` rows on the completion only; both end with the
+    tokenizer's end-of-sequence token, so that generation learns to stop. Other columns are kept.
+
+    Args:
+        dataset: rows with `text`, with `prompt` and `completion`, or with `input_ids`.
+        processing_class: tokenizer; needed for raw text.
+        max_length: rows are cut to this many tokens; `None` leaves them whole.
+
+    Raises:
+        DataError: if the columns are unknown, or raw text comes without a tokenizer.
+    """
+    kind = dataset_kind(dataset.column_names)
+    if kind == "tokenized":
+        return dataset
+    if processing_class is None:
+        raise DataError(f"The dataset holds raw `{kind}` rows, which need a tokenizer: pass `processing_class=`.")
+
+    def encode(batch: Mapping[str, list]) -> dict[str, list]:
+        if kind == "text":
+            pairs = [_encode_text(processing_class, text) for text in batch["text"]]
+        else:
+            pairs = [
+                encode_completion(processing_class, prompt, completion, append_eos=True)
+                for prompt, completion in zip(batch["prompt"], batch["completion"], strict=True)
+            ]
+        return {"input_ids": [ids[:max_length] for ids, _ in pairs], "labels": [lab[:max_length] for _, lab in pairs]}
+
+    if "labels" in dataset.column_names:
+        raise DataError("A raw text dataset may not have a `labels` column: rename it, or tokenise to `input_ids`.")
+    settings = f"{dataset._fingerprint}/{kind}/{max_length}/{tokenizer_digest(processing_class)}"
+    fingerprint = xxhash.xxh64(settings.encode())
+    return dataset.map(encode, batched=True, desc="Tokenizing rows", new_fingerprint=fingerprint.hexdigest())
+
+
+def tokenizer_digest(processing_class: PreTrainedTokenizerBase) -> str:
+    """Hash of what a tokenizer does: its serialised model for a fast one, its vocabulary otherwise."""
+    if getattr(processing_class, "is_fast", False):
+        return xxhash.xxh64(processing_class.backend_tokenizer.to_str().encode()).hexdigest()
+    return xxhash.xxh64(repr(sorted(processing_class.get_vocab().items())).encode()).hexdigest()
+
+
+def content_fingerprint(dataset: Dataset | Sequence[Mapping[str, Any]]) -> str:
+    """Hash of what training sees: `input_ids` and `labels` of every row, in the order of the rows' numbers.
+
+    Independent of integer width, of Arrow chunking, of columns that do not train, and of shuffling if the rows carry
+    their numbers (`source_row`).
+    """
+    digest = xxhash.xxh3_128()
+    if isinstance(dataset, Dataset):
+        if ROW in dataset.column_names:
+            numbers = np.asarray(dataset[ROW])
+            if not np.array_equal(numbers, np.arange(len(numbers))):
+                dataset = dataset.select(np.argsort(numbers))
+                if not np.array_equal(np.sort(numbers), np.arange(len(numbers))):  # some rows were filtered out
+                    digest.update(np.sort(numbers).astype(np.int64).tobytes())
+        columns = [name for name in ("input_ids", "labels") if name in dataset.column_names]
+        digest.update(repr((len(dataset), columns)).encode())
+        rows = dataset.select_columns(columns).with_format("arrow")
+        for batch in rows.iter(batch_size=4096):
+            for name in columns:
+                column = batch[name].combine_chunks() if isinstance(batch[name], pa.ChunkedArray) else batch[name]
+                _hash_column(digest, column)
+        return digest.hexdigest()
+    digest.update(repr(len(dataset)).encode())
+    for index in range(len(dataset)):
+        row = dataset[index]
+        for name in ("input_ids", "labels"):
+            if name in row:
+                digest.update(np.asarray(row[name], dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def _hash_column(digest: Any, column: pa.Array) -> None:
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type):
+        digest.update(np.asarray(pc.list_value_length(column), dtype=np.int64).tobytes())
+        column = column.flatten()
+    digest.update(np.ascontiguousarray(column.to_numpy(zero_copy_only=False).astype(np.int64)).tobytes())
+
+
+class CausalLMCollator:
+    """Right-pads token rows of a causal language model.
+
+    Padding goes to the right whatever the tokenizer's side: with a causal mask the tokens of a row then never see it,
+    so a row's loss does not depend on its batch-mates.
+
+    Args:
+        processing_class: tokenizer, for its padding id (its end-of-sequence id, then 0, where it has none).
+
+    Returns (when called on a list of rows):
+        `input_ids`, `attention_mask`, `labels`, each int64 `[rows, tokens]`; `source_row` int64 `[rows]` if rows have it.
+    """
+
+    def __init__(self, processing_class: PreTrainedTokenizerBase | None = None) -> None:
+        pad = getattr(processing_class, "pad_token_id", None)
+        eos = getattr(processing_class, "eos_token_id", None)
+        self.pad_token_id = pad if pad is not None else eos if eos is not None else 0
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        input_ids = [_as_ids(row["input_ids"]) for row in rows]
+        labels = [_as_ids(row["labels"]) if row.get("labels") is not None else ids for row, ids in zip(rows, input_ids, strict=True)]
+        batch = {
+            "input_ids": _pad(input_ids, self.pad_token_id),
+            "attention_mask": _pad([torch.ones_like(ids) for ids in input_ids], 0),
+            "labels": _pad(labels, IGNORE_INDEX),
+        }
+        if all(ROW in row for row in rows):
+            batch[ROW] = torch.tensor([int(row[ROW]) for row in rows])
+        return batch
+
+
+def _as_ids(values: Iterable[int] | torch.Tensor) -> torch.Tensor:
+    return torch.as_tensor(values, dtype=torch.int64)
+
+
+def _pad(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+
+
+def take_rows(dataset: Dataset | Sequence[Mapping[str, Any]], rows: Iterable[int]) -> list[dict[str, Any]]:
+    """The given rows as a list of dictionaries, in the given order."""
+    indices = [int(row) for row in rows]
+    if isinstance(dataset, Dataset):
+        columns = dataset.with_format(None)[indices]
+        names = list(columns)
+        return [{name: columns[name][i] for name in names} for i in range(len(indices))]
+    return [dict(dataset[index]) for index in indices]

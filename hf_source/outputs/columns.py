@@ -1,0 +1,104 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Scores as dataset columns, and as one long table of the rows that matter."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, concatenate_datasets
+
+from ..data import ROW
+from ..errors import DataError
+
+
+PREFIX = "source_"
+"""Score columns are `source_<query name>`."""
+
+
+def column_name(query: str) -> str:
+    """The score column of a query."""
+    return PREFIX + query
+
+
+def check_names(dataset: Dataset, names: Sequence[str]) -> None:
+    """Refuse query names whose column the dataset already has, before any score is computed.
+
+    Raises:
+        DataError: naming the column and the fix.
+    """
+    taken = set(dataset.column_names) | {ROW}
+    for name in names:
+        if column_name(name) in taken:
+            raise DataError(
+                f"Query name {name!r} would need column {column_name(name)!r}, which the dataset has already: rename "
+                "the query, or drop the column with `dataset.remove_columns`."
+            )
+
+
+def add_score_columns(dataset: Dataset, scores: np.ndarray, names: Sequence[str]) -> Dataset:
+    """The dataset with `source_row` and one float32 column per query.
+
+    Columns are made of Arrow arrays that share the scores' memory; no Python list is built.
+
+    Args:
+        dataset: rows.
+        scores: float32 `[queries, rows]` in the dataset's order.
+        names: of the queries.
+
+    Raises:
+        DataError: if a column exists already.
+    """
+    check_names(dataset, names)
+    arrays, fields = [], []
+    if ROW not in dataset.column_names:
+        arrays.append(pa.array(np.arange(len(dataset), dtype=np.int64)))
+        fields.append(ROW)
+    for name, values in zip(names, np.ascontiguousarray(scores, dtype=np.float32), strict=True):
+        arrays.append(pa.array(values))
+        fields.append(column_name(name))
+    return concatenate_datasets([dataset, Dataset(pa.table(arrays, names=fields))], axis=1)
+
+
+def top_table(
+    stages: Sequence[tuple[str, np.ndarray, Callable[[int], str]]],
+    names: Sequence[str],
+    k: int,
+    opposing: bool = True,
+) -> Dataset:
+    """Long table of the strongest rows.
+
+    Args:
+        stages: name, scores `[queries, rows]`, and the text of a row, per stage.
+        names: of the queries.
+        k: rows per query, stage and direction.
+        opposing: include the most negative scores, ranked -1, -2, ...
+
+    Returns:
+        Columns `query`, `stage`, `row`, `rank`, `score`, `text`.
+    """
+    columns: dict[str, list] = {key: [] for key in ("query", "stage", "row", "rank", "score", "text")}
+    for position, query in enumerate(names):
+        for stage, scores, text in stages:
+            order = np.argsort(-scores[position], kind="stable")
+            chosen = [(rank + 1, row) for rank, row in enumerate(order[:k])]
+            if opposing:
+                chosen += [(-rank - 1, row) for rank, row in enumerate(order[::-1][:k])]
+            for rank, row in chosen:
+                for key, value in zip(
+                    columns, (query, stage, int(row), rank, scores[position, row], text(int(row))), strict=True
+                ):
+                    columns[key].append(value)
+    columns["score"] = np.asarray(columns["score"], dtype=np.float32)
+    return Dataset.from_dict(columns)

@@ -1,0 +1,180 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Recipes: a training stage as a YAML file, with overrides from the command line.
+
+    model: gpt2                          # Hub id, folder, or a training record (its last stage goes on)
+    model_config: {model_type: gpt2, n_layer: 2, n_embd: 96}   # instead of `model`: from scratch
+    tokenizer: gpt2                      # by default the model's
+    dataset: {path: csv, data_files: facts.csv, split: train}  # arguments of datasets.load_dataset
+    peft: {r: 8, target_modules: [c_attn]}                     # arguments of peft.LoraConfig
+    training: {output_dir: out/sft, record_dir: runs/capitals, stage: sft, learning_rate: 1.0e-4}   # SourceConfig
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import ConfigError
+
+
+KEYS = ("model", "model_config", "tokenizer", "dataset", "peft", "training")
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a YAML recipe and apply `key.subkey=value` overrides.
+
+    Raises:
+        ConfigError: if the file is missing or not a mapping, a key is unknown, or an override has no `=`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"There is no recipe {path}: give the path of a YAML file.")
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ConfigError(f"{path} holds no settings: write `key: value` lines, e.g. `model: gpt2`.")
+    for override in overrides:
+        apply_override(recipe, override)
+    unknown = sorted(set(recipe) - set(KEYS))
+    if unknown:
+        raise ConfigError(f"{path} has the unknown key {unknown[0]!r}; a training recipe has {', '.join(KEYS)}.")
+    return recipe
+
+
+def apply_override(settings: dict[str, Any], override: str) -> None:
+    """Set `a.b=value` in nested settings; the value is read as YAML.
+
+    Raises:
+        ConfigError: if there is no `=`, or `a` is not a mapping.
+    """
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"Override {override!r} is not of the form key=value, e.g. training.learning_rate=1e-4.")
+    *parents, last = key.split(".")
+    for parent in parents:
+        settings = settings.setdefault(parent, {})
+        if not isinstance(settings, dict):
+            raise ConfigError(f"Override {override!r}: {parent!r} holds a single value, not settings of its own.")
+    settings[last] = read_value(value)
+
+
+def read_value(text: str) -> Any:
+    """A value as YAML reads it, and `1e-4` as the number people mean by it."""
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def train_from_recipe(recipe: Mapping[str, Any]) -> Path:
+    """Train one recorded stage as a recipe says.
+
+    Returns:
+        The folder of the record.
+
+    Raises:
+        ConfigError: if the recipe lacks something or a setting is unknown.
+    """
+    from .recording import SourceConfig, SourceTrainer
+
+    for key in ("dataset", "training"):
+        if not recipe.get(key):
+            raise ConfigError(f"The recipe has no `{key}`: see `hf-source train --help` for an example.")
+    known = {field.name for field in fields(SourceConfig)}
+    unknown = sorted(set(recipe["training"]) - known)
+    if unknown:
+        raise ConfigError(f"training.{unknown[0]} is not a setting of SourceConfig (or TrainingArguments).")
+    args = SourceConfig(**{key: _number(value) for key, value in recipe["training"].items()})
+    model, tokenizer = load_model(recipe)
+    trainer = SourceTrainer(
+        model, args, train_dataset=load_rows(recipe["dataset"]), processing_class=tokenizer
+    )
+    trainer.train()
+    return Path(args.record_dir)
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads `1e-4` (no dot) as text."""
+    return read_value(value) if isinstance(value, str) and value[:1].isdigit() else value
+
+
+def load_model(recipe: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Model and tokenizer of a recipe.
+
+    Raises:
+        ConfigError: if neither or both of `model` and `model_config` are given, or a scratch model has no tokenizer.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    source, config = recipe.get("model"), recipe.get("model_config")
+    if bool(source) == bool(config):
+        raise ConfigError("Give either `model` (a Hub id, folder or record) or `model_config` (from scratch).")
+    if config:
+        if not recipe.get("tokenizer") or "model_type" not in config:
+            raise ConfigError("A model from scratch needs `tokenizer`, and `model_type` in `model_config`.")
+        tokenizer = AutoTokenizer.from_pretrained(recipe["tokenizer"])
+        settings = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, **config}
+        settings |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        model_type = settings.pop("model_type")
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
+    elif (Path(source) / "record.json").is_file():
+        from .recording import TrainingRecord
+
+        record = TrainingRecord.load(source)
+        model = record.stages[-1].build_model()
+        tokenizer = AutoTokenizer.from_pretrained(recipe["tokenizer"]) if recipe.get("tokenizer") else None
+        tokenizer = tokenizer or record.processing_class()
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(recipe.get("tokenizer") or source)
+        model = AutoModelForCausalLM.from_pretrained(source)
+    if recipe.get("peft"):
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **recipe["peft"]))
+    return model, tokenizer
+
+
+def load_rows(source: str | Mapping[str, Any]) -> Any:
+    """A dataset from a file (`.jsonl`, `.json`, `.csv`, `.parquet`), a saved dataset's folder, or `load_dataset`.
+
+    Args:
+        source: a path or Hub id, or arguments of `datasets.load_dataset`.
+
+    Raises:
+        ConfigError: if it has several splits and none is chosen, or a file is missing.
+    """
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
+    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        if path.suffix in kinds:
+            if not path.is_file():
+                raise ConfigError(f"There is no file {path}.")
+            return load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+        if (path / "dataset_info.json").is_file() or (path / "state.json").is_file():
+            return load_from_disk(str(path))
+        source = {"path": str(source), "split": "train"}
+    dataset = load_dataset(**source)
+    if isinstance(dataset, DatasetDict):
+        raise ConfigError(f"The dataset has the splits {list(dataset)}: choose one with `dataset.split`.")
+    return dataset

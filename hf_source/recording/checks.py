@@ -1,0 +1,104 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What cannot be recorded correctly is refused before the first step, with the reason and the fix."""
+
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+
+from ..errors import UnsupportedError
+from .models import is_causal_lm, plain_model
+from .rows import refuse_streams
+
+
+logger = get_logger(__name__)
+
+
+def refuse_unsupported(trainer: Any) -> None:
+    """Check everything about a Trainer that is known before training starts.
+
+    Raises:
+        UnsupportedError: naming what cannot be recorded, why, and what to change.
+    """
+    args = trainer.args
+    if trainer.train_dataset is not None:
+        refuse_streams(trainer.train_dataset)
+    if args.label_smoothing_factor:
+        raise UnsupportedError(
+            f"label_smoothing_factor={args.label_smoothing_factor} trains another loss than the log-likelihood that "
+            "is attributed. Set label_smoothing_factor=0."
+        )
+    if args.world_size > 1 or args.n_gpu > 1:
+        raise UnsupportedError(
+            f"Recording works in one process on one device for now, this run has {max(args.world_size, args.n_gpu)}. "
+            "Start it with `python` (not `torchrun`) and one visible GPU (CUDA_VISIBLE_DEVICES=0)."
+        )
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise UnsupportedError(
+            "DeepSpeed and FSDP shard the weights and the optimizer, which recording cannot read yet. Train without "
+            "`deepspeed=` and `fsdp=`."
+        )
+    if args.fp16 or trainer.accelerator.mixed_precision not in ("no", "bf16"):
+        raise UnsupportedError(
+            "fp16 (or fp8) training scales losses and skips steps, which recording cannot follow yet. Use bf16=True, "
+            "or float32."
+        )
+    _refuse_batch_norm(trainer.model)
+    warn_about_noise(trainer)
+
+
+def _refuse_batch_norm(model: torch.nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            raise UnsupportedError(
+                f"The module `{name}` is a {type(module).__name__}: in training its output for a row depends on the "
+                "rest of the batch, so a row has no loss of its own. Replace it by LayerNorm or GroupNorm."
+            )
+
+
+def has_dropout(model: torch.nn.Module) -> bool:
+    """Whether any module drops activations in training."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:
+            return True
+        # Attention modules of recent models hold the probability as a plain number.
+        if isinstance(probability := getattr(module, "attention_dropout", 0), float) and probability > 0:
+            return True
+    return False
+
+
+def warn_about_noise(trainer: Any) -> None:
+    """Say which randomness of training the scores will average over."""
+    if has_dropout(trainer.model):
+        logger.warning(
+            "The model trains with dropout. Scores describe the model without dropout, and a replay of the record "
+            "draws other masks. Set the dropout probabilities of the model's config to 0 for exact attribution."
+        )
+    config = getattr(plain_model(trainer.model), "config", None)
+    if getattr(config, "output_router_logits", False):
+        logger.warning(
+            "The model adds a router loss over the whole batch to its loss (output_router_logits=True). It belongs to "
+            "no row and is not attributed; set output_router_logits=False for exact attribution."
+        )
+    if not is_causal_lm(trainer.model):
+        logger.warning(
+            f"{type(plain_model(trainer.model)).__name__} is no causal language model of transformers. Row weights in "
+            "the record assume that its loss is the mean over its items (labels other than -100, or rows)."
+        )
+    if trainer.args.neftune_noise_alpha:
+        logger.warning(
+            "neftune_noise_alpha adds noise to the embeddings in training. Scores describe the model without it; set "
+            "neftune_noise_alpha=None for exact attribution."
+        )

@@ -1,0 +1,206 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a stage was: the part of `record.json` that is known when training starts, and the files that go with it."""
+
+import copy
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+
+from ..data import ROW, content_fingerprint
+from ..errors import UnsupportedError
+from .checks import has_dropout
+from .config import RecordingOptions
+from .models import is_causal_lm, plain_model
+from .names import canonical_name
+from .optimizers import OptimizerDescription
+from .rows import RowDataset
+from .stage import StageRecord
+from .writer import RecordWriter
+
+
+logger = get_logger(__name__)
+
+
+def describe_stage(trainer: Any, options: RecordingOptions, optimizer: OptimizerDescription) -> dict[str, Any]:
+    """The stage's entry of `record.json` at its start, without index, parent, files and segments."""
+    model, args = trainer.model, trainer.args
+    trained = {name for group in optimizer.groups for name in group.parameters}
+    return {
+        "name": options.stage,
+        "run_id": uuid.uuid4().hex,
+        "status": "running",
+        "num_steps": 0,
+        "loss": {
+            "kind": "causal_lm" if is_causal_lm(model) else str(getattr(plain_model(model), "loss_type", None)),
+            "normalization": None,
+            "label_smoothing": 0.0,
+            "custom_function": trainer.compute_loss_func is not None,
+        },
+        "optimizer": optimizer.to_dict(),
+        "trainable": {n: _describe_tensor(p) for n, p in model.named_parameters() if n in trained},
+        "frozen_parameters": {n: _describe_tensor(t) for n, t in frozen_tensors(model, trained).items()},
+        "buffers": {n: _describe_tensor(b)["dtype"] for n, b in model.named_buffers()},
+        "dataset": _describe_dataset(trainer, options),
+        "collator": {"class": _class_name(getattr(trainer.data_collator, "collator", trainer.data_collator))},
+        "training": {
+            "seed": args.seed,
+            "data_seed": args.data_seed,
+            "epochs": float(args.num_train_epochs),
+            "max_steps": trainer.state.max_steps,
+            "per_device_train_batch_size": args.per_device_train_batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "max_grad_norm": float(args.max_grad_norm or 0.0),
+            "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+            "sampling_strategy": str(getattr(args, "train_sampling_strategy", "random")),
+            "bf16": trainer.accelerator.mixed_precision == "bf16",
+            "dropout": has_dropout(model),
+            "neftune_noise_alpha": args.neftune_noise_alpha,
+        },
+        "model": _describe_model(model),
+        "segments": [],
+        "files": {},
+    }
+
+
+def _describe_tensor(tensor: torch.Tensor) -> dict[str, Any]:
+    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+
+
+def _class_name(thing: Any) -> str:
+    named = thing if hasattr(thing, "__qualname__") else type(thing)  # a function or class, else an object of one
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _describe_dataset(trainer: Any, options: RecordingOptions) -> dict[str, Any]:
+    dataset = trainer.train_dataset
+    wrapped = isinstance(dataset, RowDataset)
+    return {
+        "fingerprint": content_fingerprint(dataset.dataset if wrapped else dataset),
+        "num_rows": trainer.num_train_rows,
+        "columns": [] if wrapped else [name for name in dataset.column_names if name != ROW],
+        "kind": trainer.train_rows_kind,
+        "max_length": options.max_length if trainer.train_rows_kind in ("text", "prompt_completion") else None,
+        "row_numbers": "column" if trainer.rows_were_numbered else "position",
+    }
+
+
+def _describe_model(model: torch.nn.Module) -> dict[str, Any]:
+    plain = plain_model(model)
+    adapters = list(getattr(model, "peft_config", {})) if plain is not model else []
+    if len(adapters) > 1:
+        raise UnsupportedError(
+            f"The PEFT model carries the adapters {adapters}; a record describes one. Delete the others "
+            "(`model.delete_adapter(name)`), or merge them into the base model first."
+        )
+    return {
+        "class": type(plain).__name__,
+        "module": type(plain).__module__,
+        "peft": bool(adapters),
+        "adapter_name": adapters[0] if adapters else None,
+        "has_config": hasattr(plain, "config") and hasattr(plain.config, "save_pretrained"),
+    }
+
+
+def save_model_files(model: torch.nn.Module, writer: RecordWriter) -> None:
+    """Write the configuration of the model, its generation and its adapter to `<stage>/model`."""
+    plain, folder = plain_model(model), writer.folder / "model"
+    if not writer.stage["model"]["has_config"]:
+        return
+    config = copy.deepcopy(plain.config)
+    # Set by from_pretrained and save_pretrained only: a model built from a config does not have it yet.
+    config.architectures = [type(plain).__name__]
+    config.save_pretrained(folder)
+    if getattr(plain, "generation_config", None) is not None and plain.can_generate():
+        plain.generation_config.save_pretrained(folder)
+    if writer.stage["model"]["peft"]:
+        model.peft_config[writer.stage["model"]["adapter_name"]].save_pretrained(str(folder))
+    for file in sorted(folder.iterdir()):
+        writer.list_file(f"model/{file.name}")
+
+
+def frozen_tensors(model: torch.nn.Module, trained: set[str]) -> dict[str, torch.Tensor]:
+    """Parameters that do not train, and buffers that belong to the saved state."""
+    frozen = {name: p.detach() for name, p in model.named_parameters() if name not in trained}
+    saved = model.state_dict().keys()
+    return frozen | {name: buffer for name, buffer in model.named_buffers() if name in saved}
+
+
+def save_frozen(
+    model: torch.nn.Module, trained: set[str], writer: RecordWriter, parent: StageRecord | None, store: bool
+) -> str:
+    """Store what does not train, or say where it can be found.
+
+    Returns:
+        `"none"` (everything trains), `"parent"` (equal to the weights at the end of the stage before), `"stored"`, or
+        `"omitted"` (`record_frozen_weights=False`).
+    """
+    frozen = frozen_tensors(model, trained)
+    if not frozen:
+        return "none"
+    if parent is not None and not differing(frozen, parent, require_all=True):
+        return "parent"
+    if not store:
+        return "omitted"
+    writer.add_tensors("frozen.safetensors", frozen)
+    return "stored"
+
+
+def differing(tensors: Mapping[str, torch.Tensor], parent: StageRecord, *, require_all: bool) -> list[str]:
+    """Names of tensors that are not what the parent stage ended with.
+
+    Args:
+        tensors: present tensors, under this stage's names.
+        parent: the stage before.
+        require_all: count tensors that the parent does not know as different too.
+    """
+    found = []
+    with parent.end_weights() as known:
+        for name, tensor in tensors.items():
+            key = canonical_name(name)
+            if key not in known:
+                found += [name] if require_all else []
+                continue
+            before = known[key]
+            # The parent may have been trained in a wider or narrower type than this stage.
+            if before.shape != tensor.shape or not torch.equal(before.to(tensor.dtype), tensor.detach().cpu()):
+                found.append(name)
+    return found
+
+
+def continues(model: torch.nn.Module, parent: StageRecord) -> bool:
+    """Whether the model starts where the parent stage ended; warns if it does not."""
+    tensors = {name: p.detach() for name, p in model.named_parameters()}
+    names = {canonical_name(name) for name in tensors}
+    missing = [name for name in parent.trainable if canonical_name(name) not in names]
+    changed = differing(tensors, parent, require_all=False)
+    if missing or changed:
+        logger.warning(
+            f"This stage does not start from the weights that stage '{parent.name}' ended with "
+            f"({len(changed)} tensors differ, such as {changed[:1] or missing[:1]}; {len(missing)} are gone). "
+            "Influence of earlier stages cannot be traced through it. Pass the model that the earlier stage trained, "
+            "or use another record_dir."
+        )
+    return not missing and not changed
+
+
+def save_tokenizer(processing_class: Any, root: Path, writer: RecordWriter) -> None:
+    """Save the tokenizer at the record's root, where every stage finds it."""
+    if processing_class is not None and hasattr(processing_class, "save_pretrained"):
+        processing_class.save_pretrained(str(root / "tokenizer"))
+        writer.list_shared_files("tokenizer")

@@ -1,0 +1,35 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What kind of model this is."""
+
+import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def plain_model(model: torch.nn.Module) -> torch.nn.Module:
+    """The transformers model inside a PEFT model; any other model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+_CAUSAL_LM_CLASSES = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+
+
+def is_causal_lm(model: torch.nn.Module) -> bool:
+    """Whether the model's loss is the next-token loss of transformers' causal language models."""
+    plain = plain_model(model)
+    loss_type = getattr(plain, "loss_type", None)
+    # transformers leaves it open for classes such as GPT2LMHeadModel, and then falls back to this very loss.
+    known = any(cls.__name__ in _CAUSAL_LM_CLASSES for cls in type(plain).__mro__)
+    causal = loss_type == "ForCausalLM" or (loss_type is None and known)
+    return causal and not getattr(plain.config, "is_encoder_decoder", False)

@@ -1,0 +1,160 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Reading a training record."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import RecordError
+from .stage import StageRecord
+from .writer import file_entry, read_record_json
+
+
+class TrainingRecord:
+    """What training left behind: the stages of one model's life.
+
+    Attributes:
+        path: folder of the record.
+        stages: list of `StageRecord`, in the order in which they trained.
+
+    Example:
+        >>> record = TrainingRecord.load("runs/capitals")  # doctest: +SKIP
+        >>> record.stage("sft").steps().learning_rate  # doctest: +SKIP
+    """
+
+    def __init__(self, path: Path, data: Mapping[str, Any]) -> None:
+        self.path = path
+        self.data = data
+        self.stages = [StageRecord(self, stage) for stage in data["stages"]]
+
+    def __repr__(self) -> str:
+        return f"TrainingRecord({str(self.path)!r}, stages={[stage.name for stage in self.stages]})"
+
+    @classmethod
+    def load(cls, path: str | Path) -> "TrainingRecord":
+        """Open a record; every file it lists must be there and whole in size (`verify` also compares hashes).
+
+        Args:
+            path: folder of the record, or id of a Hub repository that holds one.
+
+        Raises:
+            RecordError: if there is no record, a file is missing or torn, or another version wrote it.
+        """
+        folder = Path(path).expanduser()
+        if not folder.exists() and _looks_like_hub_id(str(path)):
+            folder = _download(str(path))
+        record = cls(folder, read_record_json(folder))
+        for files in record._file_lists():
+            for name in files:
+                record.check_size(files, name)
+        return record
+
+    def stage(self, name: str | None = None) -> StageRecord:
+        """The stage of a name; `None` for the only one.
+
+        Raises:
+            RecordError: if there is no such stage, or several and no name; lists the names.
+        """
+        names = [stage.name for stage in self.stages]
+        if name is None and len(self.stages) == 1:
+            return self.stages[0]
+        if name not in names:
+            said = "holds several stages" if name is None else f"has no stage {name!r}"
+            raise RecordError(f"The record {self.path} {said}: choose `stage=` from {names}.")
+        return self.stages[names.index(name)]
+
+    def require_complete(self) -> None:
+        """Raise if there is no stage, or the training of one did not come to its end.
+
+        Raises:
+            RecordError: naming the stage, and how to go on.
+        """
+        if not self.stages:
+            raise RecordError(f"The record {self.path} holds no stage yet: train one with SourceTrainer.")
+        for stage in self.stages:
+            stage.require_complete()
+
+    def processing_class(self) -> Any:
+        """The tokenizer of the run, or `None` if it had none."""
+        from transformers import AutoTokenizer
+
+        folder = self.path / "tokenizer"
+        return AutoTokenizer.from_pretrained(folder) if folder.is_dir() else None
+
+    def verify(self) -> list[str]:
+        """Re-hash every file and read every step.
+
+        Returns:
+            Problems, one sentence each; empty if the record is whole.
+        """
+        problems = []
+        for files in self._file_lists():
+            for name in files:
+                try:
+                    self.check_hash(files, name)
+                except RecordError as error:
+                    problems.append(str(error))
+        for stage in self.stages if not problems else []:
+            try:
+                stage.steps()
+            except RecordError as error:
+                problems.append(str(error))
+        return problems
+
+    def _file_lists(self) -> list[Mapping[str, dict]]:
+        return [self.data.get("files", {}), *(stage.data["files"] for stage in self.stages)]
+
+    def check_size(self, files: Mapping[str, dict], name: str) -> None:
+        """Raise `RecordError` if a listed file is missing or not of its size."""
+        file = self.path / name
+        if not file.is_file():
+            raise self.damaged(name, "it is missing")
+        if file.stat().st_size != files[name]["bytes"]:
+            raise self.damaged(name, f"it has {file.stat().st_size:,} bytes instead of {files[name]['bytes']:,}")
+
+    def check_hash(self, files: Mapping[str, dict], name: str) -> None:
+        """Raise `RecordError` if a listed file does not hold what was recorded."""
+        self.check_size(files, name)
+        if file_entry(self.path / name)["sha256"] != files[name]["sha256"]:
+            raise self.damaged(name, "its content differs from what was recorded")
+
+    def damaged(self, name: str, reason: str) -> RecordError:
+        """The error that says what is wrong with a file, and what to do."""
+        return RecordError(
+            f"{self.path / name} is damaged: {reason}. Restore it from a copy of the record, or train its stage again "
+            "(overwrite_stage=True, or resume_from_checkpoint from a checkpoint of that run)."
+        )
+
+
+def _looks_like_hub_id(path: str) -> bool:
+    parts = path.split("/")
+    return len(parts) == 2 and all(parts) and not path.startswith((".", "~"))
+
+
+def _download(repo_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, repo_type="model"))
+    except RepositoryNotFoundError as error:
+        raise RecordError(
+            f"There is no training record {repo_id!r}: neither a folder of that path nor a repository on the Hub. "
+            "Check the spelling; for a private repository run `hf auth login`."
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise RecordError(
+            f"There is no folder {repo_id!r}, and the Hub repository of that name could not be read ({error})."
+        ) from error

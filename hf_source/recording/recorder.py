@@ -1,0 +1,195 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The recorder of one stage: takes what each optimizer step did and turns it into files.
+
+A step arrives in pieces, in this order: `add_micro_batch` (once per micro-batch), `before_update`, `after_update`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from ..errors import RecordError, UnsupportedError
+from .optimizers import describe_optimizer
+from .segments import SegmentAccumulator
+from .writer import RecordWriter, file_entry, write_json, write_tensors
+
+
+STEPS_PER_SHARD = 500
+SIDECAR = "source_recording"
+"""Files `source_recording.json` and `.safetensors` in a checkpoint folder: where the recording stood at that step."""
+
+
+class StageRecorder:
+    """Records one stage.
+
+    Args:
+        writer: writer of the stage.
+        accumulator: sums of the running segment.
+        segment_starts: first step of every planned segment.
+        names: name of every parameter of the model.
+    """
+
+    def __init__(
+        self,
+        writer: RecordWriter,
+        accumulator: SegmentAccumulator,
+        segment_starts: Sequence[int],
+        names: Mapping[torch.nn.Parameter, str],
+    ) -> None:
+        self.writer = writer
+        self.accumulator = accumulator
+        self.names = names
+        self.segment_starts = list(segment_starts)
+        self.step = 0
+        self._segment_start = 0
+        self._micro_batches: list[dict[str, Any]] = []
+        self._steps: list[dict[str, Any]] = []
+        # A group without parameters has a learning rate too, but moves nothing.
+        self._groups_in_use = [g for g, group in enumerate(accumulator.description.groups) if group.parameters]
+
+    def add_micro_batch(self, rows: torch.Tensor, normalizer: Any, items: Any) -> None:
+        """Note one micro-batch of the running step; tensors stay where they are until the next flush.
+
+        Args:
+            rows: row numbers, int64 `[rows]`.
+            normalizer: what the micro-batch's summed loss was divided by before backward.
+            items: its number of loss items.
+        """
+        self._micro_batches.append({"rows": rows, "normalizer": normalizer, "items": items})
+
+    def before_update(
+        self, learning_rates: Sequence[float], grad_norm: float, clip_factor: float, epoch: float
+    ) -> None:
+        """Gradients are complete, weights not yet updated."""
+        self._running = {
+            "step": self.step,
+            "epoch": epoch,
+            "learning_rate": list(learning_rates),
+            "grad_norm": grad_norm,
+            "clip_factor": clip_factor,
+        }
+        self.accumulator.before_update(self._reference(learning_rates), clip_factor)
+
+    def after_update(self, skipped: bool = False) -> None:
+        """Weights are updated (or, if `skipped`, left alone by the optimizer)."""
+        step = self._running | {"skipped": skipped, "micro_batches": self._micro_batches}
+        reference = self._reference(step["learning_rate"])
+        self.accumulator.after_update(reference, step["learning_rate"], step["clip_factor"], skipped)
+        self._steps.append(step)
+        self._micro_batches = []
+        self.step += 1
+        if self.step in self.segment_starts:
+            self._close_segment()
+        if len(self._steps) >= STEPS_PER_SHARD:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the complete steps that are still in memory."""
+        self._refuse_changed_constants()
+        for step in self._steps:
+            step["micro_batches"] = [
+                {
+                    "rows": batch["rows"].tolist(),
+                    "normalizer": float(batch["normalizer"]),
+                    "items": int(batch["items"]),
+                }
+                for batch in step["micro_batches"]
+            ]
+        self.writer.add_steps(self._steps)
+        self._steps = []
+        self.writer.stage["num_steps"] = self.step
+        self.writer.commit()
+
+    def finish(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Close the stage with its final weights."""
+        if self.step > self._segment_start:
+            self._close_segment()
+        self.writer.add_tensors("final.safetensors", weights)
+        self.writer.stage["status"] = "complete"
+        self.flush()
+
+    def save_sidecar(self, folder: Path) -> None:
+        """Write to a checkpoint folder what resuming from it needs."""
+        self.flush()
+        tensors, scalars = self.accumulator.state()
+        write_tensors(folder / f"{SIDECAR}.safetensors", tensors)
+        state = {
+            "run_id": self.writer.stage["run_id"],
+            "stage": self.writer.stage["name"],
+            "step": self.step,
+            "segment_start": self._segment_start,
+            "segment_starts": self.segment_starts,
+            "sums": scalars,
+            "tensors": file_entry(folder / f"{SIDECAR}.safetensors"),
+        }
+        write_json(folder / f"{SIDECAR}.json", state)
+
+    def go_back(self, folder: Path) -> None:
+        """Continue from a checkpoint: the record forgets what came after it."""
+        state = read_sidecar(folder)
+        self.accumulator.load_state(load_file(folder / f"{SIDECAR}.safetensors"), state["sums"])
+        self.step = state["step"]
+        self.segment_starts = state["segment_starts"]
+        self._segment_start = state["segment_start"]
+        self._micro_batches, self._steps = [], []
+        self.writer.stage["num_steps"] = self.step
+        self.writer.cut_back(self.step, self._segment_start)
+
+    def _close_segment(self) -> None:
+        index = len(self.writer.stage["segments"])
+        scalars = self.accumulator.scalars()
+        parameters, scale = self.accumulator.close()
+        self.writer.add_tensors(f"segments/{index}/parameters.safetensors", parameters)
+        self.writer.add_tensors(f"segments/{index}/preconditioner.safetensors", scale)
+        self.writer.stage["segments"].append({"first_step": self._segment_start, "end_step": self.step, **scalars})
+        self._segment_start = self.step
+        self.accumulator.reset()
+        self.flush()
+
+    def _reference(self, learning_rates: Sequence[float]) -> float:
+        return max(learning_rates[g] for g in self._groups_in_use)
+
+    def _refuse_changed_constants(self) -> None:
+        if describe_optimizer(self.accumulator.optimizer, self.names) != self.accumulator.description:
+            raise UnsupportedError(
+                "A constant of the optimizer (momentum, betas, eps, weight decay) or its list of parameters changed "
+                f"during training, before step {self.step}. The record holds them once per stage: keep them constant "
+                "(with OneCycleLR: cycle_momentum=False), or train a new stage with the new values."
+            )
+
+
+def read_sidecar(folder: Path) -> dict[str, Any]:
+    """State of the recording in a checkpoint folder, checked against its tensors.
+
+    Raises:
+        RecordError: if the checkpoint was saved without recording, or its files are torn.
+    """
+    file, tensors = folder / f"{SIDECAR}.json", folder / f"{SIDECAR}.safetensors"
+    if not file.is_file() or not tensors.is_file():
+        raise RecordError(
+            f"The checkpoint {folder} holds no recording ({file.name} and {tensors.name}), so the steps before it are "
+            "unknown. Resume from a checkpoint that SourceTrainer saved, or start this stage from the beginning."
+        )
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RecordError(f"{file} is damaged ({error}). Resume from an earlier checkpoint.") from error
+    if file_entry(tensors) != state["tensors"]:
+        raise RecordError(f"{tensors} is damaged (its hash differs). Resume from an earlier checkpoint.")
+    return state

@@ -1,0 +1,226 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Replaying a recorded stage from its record alone.
+
+It proves that the record tells the truth, and it is how rows are removed from training without the Trainer.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+
+from ..data import ROW, CausalLMCollator, content_fingerprint, prepare_rows, take_rows
+from ..errors import DataError, UnsupportedError
+from .models import is_causal_lm
+from .optimizers import OptimizerDescription, build_optimizer
+from .stage import StageRecord
+from .steps import MicroBatch
+
+
+# Rows kept in memory between visits: about 128 MB of tokens.
+_CACHED_TOKENS = 1 << 24
+
+
+def replay(
+    stage: StageRecord,
+    dataset: Any,
+    *,
+    model: torch.nn.Module | None = None,
+    dtype: torch.dtype | None = None,
+    data_collator: Callable[[list], Mapping[str, Any]] | None = None,
+    row_mask: np.ndarray | None = None,
+    callback: Callable[[int, torch.nn.Module, torch.optim.Optimizer], None] | None = None,
+) -> torch.nn.Module:
+    """Train the stage again from its record: recorded rows, learning rates, clip factors and normalizers.
+
+    Args:
+        stage: the stage to replay.
+        dataset: the rows it trained on, as the Trainer took them.
+        model: model to train in place; default the stage's, rebuilt. It starts from the recorded initial weights.
+        dtype: floating type of the rebuilt model; default that of training.
+        data_collator: the run's collator, if it was not the default one.
+        row_mask: bool `[num_rows]`; rows that are `False` are left out, with everything else (normalizers, learning
+            rates, clip factors) as it was.
+        callback: called as `callback(step, model, optimizer)` after every optimizer step.
+
+    Returns:
+        The model with the weights after the last step, in evaluation mode. With dropout, other masks are drawn than in
+        training, so its weights differ.
+
+    Raises:
+        DataError: if the dataset is not the one that was recorded, or the mask does not fit it.
+        UnsupportedError: if the loss was a function that the record cannot hold.
+    """
+    if stage.loss["custom_function"]:
+        raise UnsupportedError(
+            f"Stage '{stage.name}' trained with a compute_loss_func, which the record does not hold, so it cannot be "
+            "replayed. Let the model compute its own loss."
+        )
+    if model is None:
+        model = stage.build_model(dtype)
+    stage.load_weights(model, "initial")
+    rows = _RowReader(stage, dataset)
+    mask = _checked_mask(row_mask, stage.num_rows)
+    collator = data_collator or _default_collator(stage)
+    description = OptimizerDescription.from_dict(stage.optimizer)
+    trained = _trained_parameters(stage, model)
+    optimizer = build_optimizer(description, trained)
+    steps = stage.steps()
+    model.train()
+    for index in range(len(steps)):
+        _set_learning_rates(optimizer, steps.learning_rate[index])
+        for batch in steps.micro_batches[index]:
+            kept = batch.rows if mask is None else [row for row in batch.rows if mask[row]]
+            if kept:
+                _backward(stage, model, collator(rows(kept)), batch)
+        _scale_gradients(trained, float(steps.clip_factor[index]), masked=mask is not None)
+        if not steps.skipped[index]:
+            optimizer.step()
+        optimizer.zero_grad()
+        if callback is not None:
+            callback(index, model, optimizer)
+    return model.eval()
+
+
+def _backward(stage: StageRecord, model: torch.nn.Module, inputs: Mapping[str, Any], batch: MicroBatch) -> None:
+    """Add the micro-batch's gradient: of its summed loss divided by the recorded normalizer."""
+    device = next(model.parameters()).device
+    inputs = {key: value.to(device) for key, value in inputs.items() if key != ROW}
+    tokens = stage.loss["normalization"] == "tokens"
+    items = _count_items(model, inputs)
+    if not tokens and items == 0:
+        return  # the mean over no items is not a number
+    with _autocast(stage, device):
+        loss = model(**inputs, **({"num_items_in_batch": batch.normalizer} if tokens else {}))["loss"]
+    # In the other case the model returns the mean over the items that are there.
+    (loss if tokens else loss * (items / batch.normalizer)).backward()
+
+
+def _count_items(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> int:
+    labels = inputs.get("labels")
+    if labels is None or labels.is_floating_point():
+        return len(next(iter(inputs.values())))
+    return int((labels[..., 1:] if is_causal_lm(model) else labels).ne(-100).sum())
+
+
+def _autocast(stage: StageRecord, device: torch.device) -> contextlib.AbstractContextManager:
+    if not stage.training["bf16"]:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def _scale_gradients(trained: Mapping[str, torch.nn.Parameter], factor: float, masked: bool) -> None:
+    """Clip as recorded.
+
+    If every row of the step was left out, its gradient is 0 rather than absent: moments and weight decay go on.
+    """
+    gradients = [p.grad for p in trained.values() if p.grad is not None]
+    if not gradients and masked:
+        for parameter in trained.values():
+            parameter.grad = torch.zeros_like(parameter)
+    elif factor != 1.0:
+        torch._foreach_mul_(gradients, factor)
+
+
+def _set_learning_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = float(rate)
+
+
+def _trained_parameters(stage: StageRecord, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    parameters = dict(model.named_parameters())
+    trained = {name: parameters[name] for name in stage.trainable}
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in trained)
+    return trained
+
+
+def _default_collator(stage: StageRecord) -> CausalLMCollator:
+    recorded = stage.collator["class"]
+    ours = f"{CausalLMCollator.__module__}.{CausalLMCollator.__qualname__}"
+    if recorded != ours:
+        raise DataError(
+            f"Stage '{stage.name}' collated its rows with {recorded}, which the record does not hold. Pass it as "
+            "`data_collator=`."
+        )
+    return CausalLMCollator(stage.record.processing_class())
+
+
+def _checked_mask(row_mask: np.ndarray | None, num_rows: int) -> np.ndarray | None:
+    if row_mask is None:
+        return None
+    mask = np.asarray(row_mask)
+    if mask.dtype != np.bool_ or mask.shape != (num_rows,):
+        raise DataError(
+            f"row_mask must be a bool array of shape ({num_rows},), True for the rows to keep; it is {mask.dtype} of "
+            f"shape {mask.shape}."
+        )
+    return mask
+
+
+class _RowReader:
+    """Rows by number, tokenised as in training."""
+
+    def __init__(self, stage: StageRecord, dataset: Any) -> None:
+        self.position = self._positions(stage, dataset)
+        if isinstance(dataset, datasets.Dataset):
+            raw = stage.dataset["kind"] in ("text", "prompt_completion")
+            if raw and "input_ids" not in dataset.column_names:
+                dataset = prepare_rows(dataset, stage.record.processing_class(), stage.dataset["max_length"])
+            self._refuse_other_data(stage, dataset)
+        self.dataset = dataset
+        self._cache: dict[int, dict[str, Any]] = {}
+        self._tokens = 0
+
+    @staticmethod
+    def _refuse_other_data(stage: StageRecord, dataset: datasets.Dataset) -> None:
+        if content_fingerprint(dataset) != stage.dataset["fingerprint"]:
+            raise DataError(
+                f"The dataset ({len(dataset)} rows) is not the one that stage '{stage.name}' trained on "
+                f"({stage.num_rows} rows): token ids, labels or their order differ. Pass the rows as the trainer took "
+                "them, unshuffled and with the same tokenizer."
+            )
+
+    @staticmethod
+    def _positions(stage: StageRecord, dataset: Any) -> dict[int, int] | None:
+        numbers = None
+        if isinstance(dataset, datasets.Dataset) and ROW in dataset.column_names:
+            numbers = [int(row) for row in dataset.with_format(None)[ROW]]
+        elif stage.dataset["row_numbers"] == "column":
+            raise DataError(
+                f"Stage '{stage.name}' numbered its rows by the column `{ROW}`, which the dataset lacks. Pass the "
+                "dataset with that column."
+            )
+        return None if numbers is None else {row: position for position, row in enumerate(numbers)}
+
+    def __call__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        wanted = [row for row in rows if row not in self._cache]
+        fetched = {}
+        if wanted:
+            positions = wanted if self.position is None else [self.position[row] for row in wanted]
+            fetched = dict(zip(wanted, take_rows(self.dataset, positions), strict=True))
+        for row, features in fetched.items():
+            features.pop(ROW, None)
+            if self._tokens < _CACHED_TOKENS:
+                self._cache[row] = {k: torch.tensor(v) if _is_tokens(v) else v for k, v in features.items()}
+                self._tokens += len(features.get("input_ids", ()))
+        return [self._cache.get(row) or fetched[row] for row in rows]
+
+
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], int)

@@ -1,0 +1,106 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Row numbers: how each row of the training set carries its own through shuffling and collating."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+
+from ..data import ROW
+from ..errors import DataError, UnsupportedError
+
+
+class RowCollator:
+    """Collates rows as `collator` does, and adds the row numbers as `batch["source_row"]` (int64 `[rows]`).
+
+    Rows without a number (evaluation) pass through unchanged.
+    """
+
+    def __init__(self, collator: Callable[[list], Any]) -> None:
+        self.collator = collator
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> Any:
+        """Collate rows."""
+        if not all(isinstance(feature, Mapping) and ROW in feature for feature in features):
+            return self.collator(list(features))
+        rows = torch.tensor([int(feature[ROW]) for feature in features])
+        batch = self.collator([{k: v for k, v in feature.items() if k != ROW} for feature in features])
+        batch[ROW] = rows
+        return batch
+
+
+class RowDataset(torch.utils.data.Dataset):
+    """A map-style dataset of dictionaries, each with its row number added."""
+
+    def __init__(self, dataset: Sequence[Mapping[str, Any]]) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.dataset[index]
+        if not isinstance(row, Mapping):
+            raise DataError(
+                f"Row {index} of the training set is a {type(row).__name__}, not a dictionary, so it cannot carry its "
+                "row number. Return dictionaries such as {'input_ids': ..., 'labels': ...}."
+            )
+        return {**row, ROW: row.get(ROW, index)}
+
+
+def refuse_streams(dataset: Any) -> None:
+    """Raise for a dataset without a length or without row access.
+
+    Raises:
+        UnsupportedError: for an iterable dataset.
+    """
+    if isinstance(dataset, (torch.utils.data.IterableDataset, datasets.IterableDataset)) or not hasattr(
+        dataset, "__len__"
+    ):
+        raise UnsupportedError(
+            "An iterable dataset has no stable row numbers yet, so its rows cannot be recorded. Pass a map-style "
+            "dataset: load it without streaming=True, or collect the stream with Dataset.from_generator."
+        )
+
+
+def with_row_numbers(dataset: Any, num_rows: int | None = None) -> Any:
+    """The dataset with a `source_row` column: its own if it has one, else 0, 1, 2, ...
+
+    Args:
+        dataset: map-style dataset.
+        num_rows: exclusive upper bound of the numbers; default the dataset's length. It is larger than the length when
+            rows were filtered out after they were numbered.
+
+    Raises:
+        DataError: if the dataset's own numbers are not unique whole numbers in `[0, num_rows)`.
+        UnsupportedError: for an iterable dataset.
+    """
+    refuse_streams(dataset)
+    if not isinstance(dataset, datasets.Dataset):
+        return dataset if isinstance(dataset, RowDataset) else RowDataset(dataset)
+    if ROW not in dataset.column_names:
+        return dataset.add_column(ROW, np.arange(len(dataset)))
+    bound = len(dataset) if num_rows is None else num_rows
+    rows = dataset.with_format("arrow")[ROW]
+    rows = np.asarray(rows.to_numpy() if hasattr(rows, "to_numpy") else rows[:].to_numpy())
+    fine = np.issubdtype(rows.dtype, np.integer) and len(np.unique(rows)) == len(rows)
+    if not fine or (len(rows) and (rows.min() < 0 or rows.max() >= bound)):
+        raise DataError(
+            f"The column `{ROW}` must hold a different whole number in [0, {bound}) for every row, since it says "
+            f"which row is which. Remove it (`dataset.remove_columns('{ROW}')`) to have rows numbered by position."
+        )
+    return dataset

@@ -1,0 +1,330 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""One stage of a record, and its segments: what attribution reads."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from ..errors import RecordError
+from .names import canonical_name
+from .optimizers import sgd_preconditioner
+from .steps import StepTable
+from .stored_rows import read_rows
+from .writer import STEP_SCHEMA, stage_folder
+
+
+if TYPE_CHECKING:
+    from .record import TrainingRecord
+
+
+class SegmentRecord:
+    """One segment of a stage: what its steps averaged to.
+
+    Attributes:
+        index: number of the segment in its stage.
+        first_step, end_step: its optimizer steps, `first_step <= step < end_step`.
+        learning_rate_sum: sum of the reference learning rates `eta`.
+        effective_learning_rate_sum: `s = sum of eta * c` (`c`: clip factor).
+    """
+
+    def __init__(self, stage: "StageRecord", index: int, data: Mapping[str, Any]) -> None:
+        self.stage = stage
+        self.index = index
+        self.first_step: int = data["first_step"]
+        self.end_step: int = data["end_step"]
+        self.learning_rate_sum: float = data["learning_rate_sum"]
+        self.effective_learning_rate_sum: float = data["effective_learning_rate_sum"]
+        self.learning_rate_sum_per_group: list[float] = data["learning_rate_sum_per_group"]
+
+    def __repr__(self) -> str:
+        return f"SegmentRecord({self.stage.name!r}, {self.index}, steps {self.first_step}-{self.end_step})"
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Average weights `theta = sum of eta c theta_k / s`, weights before each step, by name."""
+        return self.stage.tensors(f"segments/{self.index}/parameters.safetensors")
+
+    def preconditioner(self) -> dict[str, torch.Tensor]:
+        """Average preconditioner `P = sum of eta_g c P_k / s`, by name; 0-dim for SGD.
+
+        `eta_g` is the learning rate of the parameter's group, so that `s P` is the sum of the real step sizes.
+        """
+        return self.stage.tensors(f"segments/{self.index}/preconditioner.safetensors")
+
+    def decay(self) -> dict[str, torch.Tensor]:
+        """Weight decay `Lambda` by name, such that `s Lambda` is the fraction of a weight that the segment decays.
+
+        Decoupled (AdamW) and SGD: 0-dim. Coupled with Adam: one value per entry, since the decay passes through `P`
+        (approximated as the average `P`, which is exact if clipping was constant in the segment).
+        """
+        description = self.stage.optimizer
+        total = self.effective_learning_rate_sum
+        scale = self.preconditioner() if description["name"] != "SGD" else {}
+        decays = {}
+        for group, rate_sum in zip(description["groups"], self.learning_rate_sum_per_group, strict=True):
+            strength = group["weight_decay"]
+            for name in group["parameters"]:
+                dtype = getattr(torch, self.stage.tensor_info[name]["dtype"])
+                dtype = dtype if dtype.itemsize >= 4 else torch.float32
+                if total == 0 or strength == 0:
+                    decays[name] = torch.zeros((), dtype=dtype)
+                elif group["decoupled_weight_decay"]:
+                    decays[name] = torch.tensor(strength * rate_sum / total, dtype=dtype)
+                elif group["betas"] is None:
+                    step_size = sgd_preconditioner(group)
+                    decays[name] = torch.tensor(strength * step_size * rate_sum / total, dtype=dtype)
+                else:
+                    decays[name] = scale[name] * (strength * self.learning_rate_sum / total)
+        return decays
+
+    def objective_scale(self) -> float:
+        """Objective that was trained, over the mean loss per item: average of `items / normalizer`, weighted by lr.
+
+        1 when losses are divided by the number of loss items. Not 1 where the Trainer divides by another count:
+        transformers 5.23 counts the first token of each row too for GPT-2, though it is never predicted. Curvature of
+        the mean loss is to be multiplied by this number.
+        """
+        steps = self.stage.steps()
+        batches, step = steps._batches(self.first_step, self.end_step)
+        share = batches.field("items").to_numpy() / batches.field("normalizer").to_numpy()
+        total = float((steps.effective_learning_rate[step] * share).sum())
+        return total / self.effective_learning_rate_sum if self.effective_learning_rate_sum else 1.0
+
+    def row_weights(self) -> np.ndarray:
+        """float64 `[num_rows]`: sum over the row's visits in the segment of `eta c / normalizer`."""
+        visits = self.stage.steps().visits(self.first_step, self.end_step)
+        return np.bincount(visits["row"], weights=visits["weight"], minlength=self.stage.num_rows)
+
+    def num_visits(self) -> np.ndarray:
+        """int64 `[num_rows]`: how often each row was trained on in the segment."""
+        visits = self.stage.steps().visits(self.first_step, self.end_step)
+        return np.bincount(visits["row"], minlength=self.stage.num_rows)
+
+
+class StageRecord:
+    """One training stage of a record.
+
+    Attributes:
+        name, index: the stage's name, and its place in the record.
+        parent: name of the stage before it, or `None`.
+        status: `"complete"`, or `"running"` if training has not come to its end.
+        num_rows: rows of the training set; row numbers are below it.
+        num_steps: optimizer steps recorded.
+        trainable: names of the parameters that trained.
+        tensor_info: shape and dtype of every trainable, frozen parameter and saved buffer, by name.
+        dataset, optimizer, loss, model, training: descriptions, as in `record.json`.
+        segments: list of `SegmentRecord`.
+    """
+
+    def __init__(self, record: "TrainingRecord", data: Mapping[str, Any]) -> None:
+        self.record = record
+        self.data = data
+        self.name: str = data["name"]
+        self.index: int = data["index"]
+        self.parent: str | None = data["parent"]
+        self.continues_parent: bool = data.get("continues_parent", self.parent is not None)
+        self.status: str = data["status"]
+        self.num_steps: int = data["num_steps"]
+        self.num_rows: int = data["dataset"]["num_rows"]
+        self.trainable: list[str] = list(data["trainable"])
+        self.frozen: list[str] = list(data["frozen_parameters"])
+        self.tensor_info: dict[str, dict] = {**data["trainable"], **data["frozen_parameters"]}
+        self.dataset: dict[str, Any] = data["dataset"]
+        self.optimizer: dict[str, Any] = data["optimizer"]
+        self.loss: dict[str, Any] = data["loss"]
+        self.model: dict[str, Any] = data["model"]
+        self.training: dict[str, Any] = data["training"]
+        self.collator: dict[str, Any] = data["collator"]
+        self.segments = [SegmentRecord(self, index, segment) for index, segment in enumerate(data["segments"])]
+        self.path = record.path / stage_folder(self.index, self.name)
+
+    def __repr__(self) -> str:
+        return f"StageRecord({self.name!r}, {self.num_steps} steps, {len(self.segments)} segments, {self.status})"
+
+    def steps(self) -> StepTable:
+        """Every optimizer step of the stage."""
+        return self._step_table
+
+    @cached_property
+    def _step_table(self) -> StepTable:
+        prefix = f"{stage_folder(self.index, self.name)}/steps/"
+        tables = []
+        for name in sorted(name for name in self.data["files"] if name.startswith(prefix)):
+            self.record.check_hash(self.data["files"], name)
+            tables.append(pq.read_table(self.record.path / name, schema=STEP_SCHEMA))
+        table = pa.concat_tables(tables) if tables else STEP_SCHEMA.empty_table()
+        if not np.array_equal(table["step"].to_numpy(), np.arange(self.num_steps)):
+            raise RecordError(
+                f"The steps of stage '{self.name}' in {self.path / 'steps'} are not 0 to {self.num_steps - 1}: a file "
+                "is missing or was changed. Restore the folder from a copy, or train the stage again."
+            )
+        groups = [g for g, group in enumerate(self.optimizer["groups"]) if group["parameters"]]
+        return StepTable(table, groups)
+
+    def require_complete(self) -> None:
+        """Raise if the stage's training did not come to its end.
+
+        Raises:
+            RecordError: naming the step at which it stopped, and how to go on.
+        """
+        if self.status != "complete":
+            raise RecordError(
+                f"Stage '{self.name}' of {self.record.path} is not complete: training stopped after step "
+                f"{self.num_steps}. Continue it with `trainer.train(resume_from_checkpoint=True)`."
+            )
+
+    def build_model(self, dtype: torch.dtype | None = None) -> torch.nn.Module:
+        """The trained model, in evaluation mode, from the record alone.
+
+        Args:
+            dtype: floating type of the weights; default that of training.
+
+        Raises:
+            RecordError: if the stage is not complete, or frozen weights were not recorded.
+            UnsupportedError: if the model's class is not transformers'.
+        """
+        from .building import build_model
+
+        return build_model(self, dtype)
+
+    def load_weights(self, model: torch.nn.Module, which: str | int) -> None:
+        """Copy trained weights into a model, in place, cast to its dtype.
+
+        Args:
+            model: has this stage's trainable parameters, under the same names or names that differ by a wrapper.
+            which: `"initial"`, `"final"`, or a segment's index for its average weights.
+
+        Raises:
+            RecordError: if there are no such weights, or they do not fit the model.
+        """
+        own = dict(model.named_parameters(remove_duplicate=False))
+        canonical = {canonical_name(name): parameter for name, parameter in own.items()}
+        with torch.no_grad():
+            for name, tensor in self.weights(which).items():
+                parameter = own.get(name, canonical.get(canonical_name(name)))
+                if parameter is None or parameter.shape != tensor.shape:
+                    found = "no such parameter" if parameter is None else f"one of shape {tuple(parameter.shape)}"
+                    raise RecordError(
+                        f"Stage '{self.name}' trained `{name}` of shape {tuple(tensor.shape)}, the given "
+                        f"{type(model).__name__} has {found}. Pass the model that was trained, or use "
+                        "stage.build_model()."
+                    )
+                parameter.copy_(tensor)
+
+    def rows(self) -> Any:
+        """The rows as they were trained on (`datasets.Dataset` with their numbers), or `None` if not recorded."""
+        return read_rows(self)
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that the model's context holds, where its configuration says."""
+        file = self.path / "model" / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return config.get("max_position_embeddings") or config.get("n_positions")
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the stage's files."""
+        return sum(entry["bytes"] for entry in self.data["files"].values())
+
+    def weights(self, which: str | int) -> dict[str, torch.Tensor]:
+        """Trained weights by name: `"initial"`, `"final"`, or a segment's index for its average.
+
+        Raises:
+            RecordError: if the record holds no such weights.
+        """
+        if which == "final":
+            self.require_complete()
+        if which in ("initial", "final"):
+            return self.tensors(f"{which}.safetensors")
+        if isinstance(which, int) and 0 <= which < len(self.segments):
+            return self.segments[which].parameters()
+        raise RecordError(
+            f"Stage '{self.name}' has no weights {which!r}: ask for 'initial', 'final', or a segment from 0 to "
+            f"{len(self.segments) - 1}."
+        )
+
+    @contextlib.contextmanager
+    def end_weights(self) -> Iterator["EndWeights"]:
+        """All weights at the end of the stage, trained and frozen, by canonical name; read one at a time."""
+        with contextlib.ExitStack() as stack:
+            yield EndWeights(self, stack)
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """Read one of the stage's safetensors files.
+
+        Raises:
+            RecordError: if the stage has not recorded it, or it is damaged.
+        """
+        key = f"{stage_folder(self.index, self.name)}/{name}"
+        if key not in self.data["files"]:
+            raise RecordError(
+                f"Stage '{self.name}' has not recorded {self.record.path / key} (its status is '{self.status}'). "
+                "Finish its training with `trainer.train(resume_from_checkpoint=True)`."
+            )
+        self.record.check_size(self.data["files"], key)
+        try:
+            return load_file(self.record.path / key)
+        except SafetensorError as error:
+            raise self.record.damaged(key, str(error)) from error
+
+
+class EndWeights(Mapping[str, torch.Tensor]):
+    """Weights at the end of a stage by canonical name; tensors are read on access.
+
+    Frozen weights that a stage shares with its parent are found there.
+    """
+
+    def __init__(self, stage: StageRecord, stack: contextlib.ExitStack) -> None:
+        self._found: dict[str, tuple[Any, str]] = {}
+        names = ["final.safetensors"]
+        names += ["frozen.safetensors"] if stage.data["frozen"] == "stored" else []
+        for name in names:
+            key = f"{stage_folder(stage.index, stage.name)}/{name}"
+            if key not in stage.data["files"]:
+                stage.require_complete()
+            stage.record.check_size(stage.data["files"], key)
+            file = stack.enter_context(safe_open(stage.record.path / key, framework="pt"))
+            self._found |= {canonical_name(n): (file, n) for n in file.keys() if canonical_name(n) not in self._found}
+        self._parent = None
+        if stage.data["frozen"] == "parent":
+            self._parent = EndWeights(stage.record.stage(stage.parent), stack)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name in self._found:
+            file, key = self._found[name]
+            return file.get_tensor(key)
+        if self._parent is None:
+            raise KeyError(name)
+        return self._parent[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._found or (self._parent is not None and name in self._parent)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._found
+        if self._parent is not None:
+            yield from (name for name in self._parent if name not in self._found)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

@@ -1,0 +1,180 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The start of a recorded stage, new or resumed: everything that is checked and written before the first step."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..errors import RecordError, UnsupportedError
+from .config import RecordingOptions
+from .description import continues, describe_stage, save_frozen, save_model_files, save_tokenizer
+from .optimizers import OptimizerDescription, describe_optimizer, unwrap_optimizer
+from .record import TrainingRecord
+from .recorder import StageRecorder, read_sidecar
+from .segments import SegmentAccumulator, plan_segments, scheduled_learning_rates
+from .stored_rows import write_rows
+from .writer import RecordWriter
+
+
+logger = get_logger(__name__)
+
+
+def start_recorder(trainer: Any, options: RecordingOptions, resume_folder: Path | None) -> StageRecorder:
+    """The recorder of a run whose optimizer and scheduler exist, and which has not made its first step.
+
+    Args:
+        trainer: the trainer, ready to train.
+        options: where and how to record.
+        resume_folder: checkpoint that the trainer has loaded, if it resumes.
+
+    Raises:
+        UnsupportedError: if the optimizer cannot be described.
+        RecordError: if the checkpoint does not continue a stage of this record.
+    """
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    optimizer = unwrap_optimizer(trainer.optimizer)
+    description = describe_optimizer(optimizer, names)
+    trained = {name for group in description.groups for name in group.parameters}
+    if not trained:
+        raise UnsupportedError("The optimizer trains no parameter: set requires_grad on what should train.")
+    if resume_folder is None and optimizer.state:
+        raise UnsupportedError(
+            "The optimizer carries moments from earlier training, which the record would not explain. Make a new "
+            "trainer for a new stage, or pass an optimizer that has not made a step."
+        )
+    parameters = {name: p for name, p in trainer.model.named_parameters() if name in trained}
+    stage = describe_stage(trainer, options, description)
+    if resume_folder is None:
+        stage["planned_segment_starts"] = _plan_segments(trainer, options, description)
+        writer = _new_stage(trainer, options, stage, parameters)
+    else:
+        writer = _resumed_stage(options, stage, resume_folder)
+    accumulator = SegmentAccumulator(parameters, optimizer, description, options.record_averages_on_cpu)
+    recorder = StageRecorder(writer, accumulator, writer.stage["planned_segment_starts"], names)
+    if resume_folder is not None:
+        recorder.go_back(resume_folder)
+    return recorder
+
+
+def _plan_segments(trainer: Any, options: RecordingOptions, description: OptimizerDescription) -> list[int]:
+    num_steps = trainer.state.max_steps
+    groups = [g for g, group in enumerate(description.groups) if group.parameters]
+    rates = scheduled_learning_rates(trainer.lr_scheduler, num_steps, groups)
+    if rates is None:
+        logger.warning(
+            f"The learning rates of {type(trainer.lr_scheduler).__name__} are not known ahead, so segments hold equal "
+            "numbers of steps instead of equal sums of learning rates. Set segment_boundaries to choose yourself."
+        )
+    return plan_segments(num_steps, rates, options.num_segments, options.segment_boundaries)
+
+
+def _new_stage(
+    trainer: Any, options: RecordingOptions, stage: dict[str, Any], parameters: Mapping[str, torch.nn.Parameter]
+) -> RecordWriter:
+    """Append the stage to the record, or put it in the place of the one it overwrites."""
+    root = Path(options.record_dir)
+    earlier = [entry["name"] for entry in RecordWriter.read(root)["stages"]]
+    index = earlier.index(options.stage) if options.stage in earlier else len(earlier)
+    parent = TrainingRecord.load(root).stages[index - 1] if index else None
+    if parent is not None:
+        parent.require_complete()
+    stage |= {"index": index, "parent": parent.name if parent else None}
+    writer = RecordWriter(root, stage)
+    writer.create()
+    stage["continues_parent"] = parent is not None and continues(trainer.model, parent)
+    stage["frozen"] = save_frozen(trainer.model, set(parameters), writer, parent, store=options.record_frozen_weights)
+    save_model_files(trainer.model, writer)
+    if options.record_rows:
+        write_rows(trainer.train_dataset, writer)
+    writer.add_tensors("initial.safetensors", parameters)
+    writer.commit()
+    save_tokenizer(trainer.processing_class, root, writer)
+    return writer
+
+
+def _resumed_stage(options: RecordingOptions, now: Mapping[str, Any], resume_folder: Path) -> RecordWriter:
+    """The stage that a checkpoint belongs to, if the run goes on as it began."""
+    sidecar = read_sidecar(resume_folder)
+    root = Path(options.record_dir)
+    stages = RecordWriter.read(root)["stages"]
+    stage = next((entry for entry in stages if entry["run_id"] == sidecar["run_id"]), None)
+    if stage is None:
+        raise RecordError(
+            f"The checkpoint {resume_folder} belongs to a run of stage '{sidecar['stage']}' that is not in the record "
+            f"{root}. Set record_dir to that run's record, or train the stage from the beginning."
+        )
+    name = stage["name"]
+    if name != options.stage:
+        raise RecordError(
+            f"The checkpoint {resume_folder} is of stage '{name}', the config says '{options.stage}'. Set "
+            f"stage='{name}', or do not resume."
+        )
+    if stage["index"] + 1 < len(stages):
+        raise RecordError(
+            f"Stage '{name}' cannot be resumed: stage '{stages[stage['index'] + 1]['name']}' was trained from its "
+            "result. Train it anew with overwrite_stage=True, which removes the later stages."
+        )
+    steps, steps_now = stage["training"]["max_steps"], now["training"]["max_steps"]
+    if steps != steps_now:
+        raise RecordError(
+            f"Stage '{name}' was started with {steps} steps and now has {steps_now}; its segments were cut for the "
+            "former. Resume with the settings of the start, or train a new stage from the present weights."
+        )
+    for part, what in (("optimizer", "optimizer's constants"), ("dataset", "training set")):
+        if stage[part] != now[part]:
+            raise RecordError(
+                f"The {what} changed since stage '{name}' was started. Resume with the settings and rows of the "
+                "start, or train a new stage from the present weights."
+            )
+    return RecordWriter(root, stage)
+
+
+def last_checkpoint(output_dir: str) -> str:
+    """The newest checkpoint of a run.
+
+    Raises:
+        RecordError: if there is none.
+    """
+    folder = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+    if folder is None:
+        raise RecordError(
+            f"There is no checkpoint in {output_dir} to resume from. Start the stage again: set overwrite_stage=True "
+            "and leave resume_from_checkpoint out."
+        )
+    return folder
+
+
+def refuse_existing_stage(options: RecordingOptions) -> None:
+    """Protect what is recorded.
+
+    Raises:
+        RecordError: if the stage is in the record already and may not be overwritten.
+    """
+    stages = RecordWriter.read(Path(options.record_dir))["stages"]
+    names = [stage["name"] for stage in stages]
+    if options.stage not in names or options.overwrite_stage:
+        return
+    stage = stages[names.index(options.stage)]
+    later = names[names.index(options.stage) + 1 :]
+    resume = "" if stage["status"] == "complete" else "continue it with train(resume_from_checkpoint=True), "
+    raise RecordError(
+        f"The record {options.record_dir} has a stage '{options.stage}' already ({stage['status']}, "
+        f"{stage['num_steps']} steps): {resume}choose another `stage=`, or set overwrite_stage=True to replace it"
+        + (f" and remove the stages after it ({', '.join(later)})." if later else ".")
+    )

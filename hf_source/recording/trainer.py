@@ -1,0 +1,298 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`SourceTrainer`: a `Trainer` that leaves a training record behind."""
+
+import inspect
+import math
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate.logging import get_logger
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..data import IGNORE_INDEX, ROW, CausalLMCollator, dataset_kind, prepare_rows
+from ..errors import DataError, UnsupportedError
+from .checks import refuse_unsupported
+from .config import RecordingOptions, SourceConfig
+from .models import is_causal_lm
+from .recorder import StageRecorder, read_sidecar
+from .rows import RowCollator, RowDataset, with_row_numbers
+from .start import last_checkpoint, refuse_existing_stage, start_recorder
+
+
+logger = get_logger(__name__)
+
+
+class _RecordingCallback(TrainerCallback):
+    """Tells the trainer's recorder what happens.
+
+    It comes last, so a checkpoint that another callback saves in the same event (on SIGTERM) is of the step before.
+    """
+
+    def __init__(self, trainer: "RecordingMixin") -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._start_recording()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer._before_update()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer._recorder.after_update(bool(self.trainer.accelerator.optimizer_step_was_skipped))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer._finish_recording()
+
+
+class RecordingMixin:
+    """Adds recording to any Trainer subclass: `class SourceSFTTrainer(RecordingMixin, SFTTrainer): pass`.
+
+    Settings come from a `SourceConfig`; with any other `TrainingArguments` they have their defaults, and the record
+    is written to `<output_dir>/record`.
+
+    Raises:
+        ConfigError: if settings contradict each other.
+        UnsupportedError: at the start of `train()`, if the run cannot be recorded correctly.
+        RecordError: at the start of `train()`, if the stage is in the record already, or cannot be resumed.
+    """
+
+    train_rows_kind = "tokenized"
+    """How rows were given, see `hf_source.data.dataset_kind`; what a subclass does to them is not ours to repeat."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._recorder: StageRecorder | None = None
+        self._resume_folder: Path | None = None
+        self.num_train_rows = 0
+        self.rows_were_numbered = False
+        # Before the parent sees the rows: it may filter or shuffle them.
+        given = inspect.signature(super().__init__).bind_partial(*args, **kwargs)
+        for arguments in (given.arguments, given.arguments.get("kwargs", {})):
+            if "train_dataset" in arguments:
+                arguments["train_dataset"] = self._number_rows(arguments["train_dataset"])
+        super().__init__(*given.args, **given.kwargs)
+        self.data_collator = self._with_row_numbers(self.data_collator)
+        self.add_callback(_RecordingCallback(self))
+
+    # ---- Rows carry their number ----
+
+    def _number_rows(self, dataset: Any) -> Any:
+        if dataset is None or not hasattr(dataset, "__len__"):
+            return dataset  # refused when training starts; the trainer may serve for evaluation
+        if isinstance(dataset, datasets.Dataset) and ROW in dataset.column_names:
+            self.rows_were_numbered = True
+        dataset = with_row_numbers(dataset)
+        self.num_train_rows = len(dataset)
+        return dataset
+
+    @staticmethod
+    def _with_row_numbers(collator: Any) -> RowCollator:
+        return collator if isinstance(collator, RowCollator) else RowCollator(collator)
+
+    def get_train_dataloader(self):
+        """The parent's, over rows that carry their number."""
+        self.data_collator = self._with_row_numbers(self.data_collator)
+        return super().get_train_dataloader()
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if ROW not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, ROW]
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        """The parent's, on inputs without row numbers."""
+        inputs.pop(ROW, None)
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    # ---- What one optimizer step did ----
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """The parent's; notes which rows the micro-batch holds and how their loss is normalised."""
+        rows = inputs.pop(ROW, None)
+        if rows is None:
+            raise UnsupportedError(
+                f"A batch reached training_step without its row numbers (`{ROW}`), so its rows cannot be recorded. "
+                "Something removed the column: packing (turn it off, or pack before training), a data collator that "
+                "is set after training began, or a dataset transform (keep the column in its result)."
+            )
+        if self._recorder is not None:  # None outside of train()
+            items = self.count_items(inputs, len(rows))
+            self._recorder.add_micro_batch(rows, self._normalizer(num_items_in_batch, items), items)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def count_items(self, inputs: Any, num_rows: int) -> torch.Tensor | int:
+        """Number of loss items in a micro-batch: label tokens that are predicted, or rows for other losses."""
+        if inputs.get("shift_labels") is not None:
+            return inputs["shift_labels"].ne(IGNORE_INDEX).sum()
+        labels = inputs.get("labels")
+        if labels is None or labels.is_floating_point():
+            return num_rows
+        labels = labels[..., 1:] if is_causal_lm(self.model) else labels
+        return labels.ne(IGNORE_INDEX).sum()
+
+    def _normalizer(self, num_items_in_batch: Any, items: Any) -> Any:
+        # The same decision as in Trainer.training_step, which leaves no trace of it.
+        scaled = self.loss_is_scaled_for_ga
+        if scaled is None:
+            takes_count = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = takes_count or self.compute_loss_func is not None
+        if scaled and num_items_in_batch is None:
+            raise UnsupportedError(
+                "The loss function normalises the loss itself, but the batch has no `labels` to count, so the weight "
+                "of a row is unknown. Give the batch `labels`, or drop compute_loss_func."
+            )
+        loss = self._recorder.writer.stage["loss"]
+        loss["normalization"] = "tokens" if scaled else "micro_batch_mean"
+        return num_items_in_batch if scaled else items * self.current_gradient_accumulation_steps
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        self._grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self._grad_norm
+
+    def _before_update(self) -> None:
+        norm, limit = float(self._grad_norm), self.args.max_grad_norm
+        # torch.nn.utils.clip_grad_norm_ divides by the norm plus 1e-6.
+        clip_factor = min(1.0, limit / (norm + 1e-6)) if limit and limit > 0 else 1.0
+        if not math.isfinite(norm):
+            raise UnsupportedError(
+                f"The gradient of optimizer step {self._recorder.step} has norm {norm}: from here on the weights are "
+                "not numbers. Lower the learning rate, lengthen the warmup, or look for rows with broken labels."
+            )
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self._recorder.before_update(rates, norm, clip_factor, float(self.state.epoch or 0.0))
+
+    # ---- Start, checkpoint, end ----
+
+    def train(self, resume_from_checkpoint=None, trial=None, **kwargs):
+        """The parent's, recorded. See `Trainer.train`; resuming continues the record as well."""
+        options = RecordingOptions.from_args(self.args)
+        refuse_unsupported(self)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        self._resume_folder = None
+        if isinstance(resume_from_checkpoint, (str, Path)):
+            self._resume_folder = Path(resume_from_checkpoint)
+            read_sidecar(self._resume_folder)
+        else:
+            refuse_existing_stage(options)
+        self._number_rows_again()
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, trial=trial, **kwargs)
+        finally:
+            self._recorder = None
+
+    def _number_rows_again(self) -> None:
+        """The training set may have been replaced after the trainer was made, or filtered by the parent class."""
+        dataset = self.train_dataset
+        known = isinstance(dataset, RowDataset) or ROW in getattr(dataset, "column_names", [])
+        if known and self.num_train_rows:
+            with_row_numbers(dataset, self.num_train_rows)  # only checks
+        elif dataset is not None:
+            if self.num_train_rows:
+                logger.warning(
+                    "The training set is not the one the trainer was given: it was replaced, or prepared in a way "
+                    "that dropped row numbers (packing does). Rows are numbered by their position in "
+                    "trainer.train_dataset."
+                )
+            self.rows_were_numbered = False
+            self.train_dataset = self._number_rows(dataset)
+
+    def _start_recording(self) -> None:
+        self._recorder = start_recorder(self, RecordingOptions.from_args(self.args), self._resume_folder)
+
+    def _save_checkpoint(self, model, trial):
+        # Before the parent's, which pushes and rotates checkpoints.
+        wanted = not self.args.save_only_model or self.args.load_best_model_at_end
+        if self._recorder is not None and wanted:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            self._recorder.save_sidecar(folder)
+        super()._save_checkpoint(model, trial)
+
+    def _finish_recording(self) -> None:
+        recorder = self._recorder
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        if best is not None and read_sidecar(Path(best))["step"] < recorder.step:
+            # The model now has the best checkpoint's weights: the steps after it are no part of how it came to be.
+            recorder.go_back(Path(best))
+        recorder.finish(recorder.accumulator.parameters)
+        logger.info(f"Training record of stage '{recorder.writer.stage['name']}' is complete: {recorder.writer.root}")
+
+
+class SourceTrainer(RecordingMixin, Trainer):
+    """A `Trainer` that records what attribution needs: which rows each optimizer step saw, with which weight.
+
+    Takes what `Trainer` takes. For causal language models, rows may also be raw text (columns `text`, or `prompt` and
+    `completion`; needs `processing_class`), and rows are padded to the right by default.
+
+    Args:
+        model: model to train.
+        args: a `SourceConfig`; default `SourceConfig()`. A plain `TrainingArguments` works too.
+        kwargs: the other arguments of `Trainer`.
+
+    Example:
+        >>> args = SourceConfig(output_dir="out", record_dir="runs/capitals", stage="pretrain")  # doctest: +SKIP
+        >>> SourceTrainer(model, args, train_dataset=facts, processing_class=tokenizer).train()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        args = SourceConfig() if args is None else args
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        if not is_causal_lm(self.model):
+            return
+        if data_collator is None:
+            self.data_collator = RowCollator(CausalLMCollator(processing_class))
+        # A collator of one's own may read columns that we cannot.
+        strict = data_collator is None
+        if isinstance(self.train_dataset, datasets.Dataset):
+            self.train_rows_kind = _kind(self.train_dataset, strict)
+        self.train_dataset = self._prepared(self.train_dataset, strict)
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {name: self._prepared(rows, strict) for name, rows in self.eval_dataset.items()}
+        else:
+            self.eval_dataset = self._prepared(self.eval_dataset, strict)
+
+    def _prepared(self, dataset: Any, strict: bool) -> Any:
+        if not isinstance(dataset, datasets.Dataset) or _kind(dataset, strict) == "custom":
+            return dataset
+        return prepare_rows(dataset, self.processing_class, getattr(self.args, "max_length", None))
+
+
+def _kind(dataset: datasets.Dataset, strict: bool) -> str:
+    try:
+        return dataset_kind(dataset.column_names)
+    except DataError:
+        if strict:
+            raise
+        return "custom"

@@ -1,0 +1,195 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The backward walk: from the gradient of what was said, through every segment and stage, to the rows.
+
+Starting from `q = grad f_q(theta_T)`, each segment, last to first, turns `q` into a scoring vector `x = F_r^T q` for
+the rows it visited and into the `q` of the segment before (Bae et al. 2024, arXiv 2405.12186, equation 16; several
+stages are more segments of the same run). A row's score in a segment is `w_m / s <x, grad l_m>` with `w_m` the summed
+`learning rate x clip factor / loss items of the batch` of its real visits: the paper's `1 / N` when visits are uniform.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..curvature import FisherSample, Flow, systematic_sample
+from ..errors import UnsupportedError
+from ..gradients import RowGradients, Task
+from ..gradients.rows import as_rows
+from ..recording import SegmentRecord, StageRecord, canonical_name
+
+
+Vectors = dict[str, torch.Tensor]
+
+@dataclass
+class WalkSettings:
+    """What a walk needs beside the record.
+
+    Attributes:
+        curvature: object with `propagate(vectors, flow, sample)`.
+        num_samples: rows of the sample matrix of each segment.
+        task: the training objective.
+        dtype: of gradients and scores' arithmetic.
+        device: where the model runs.
+        seed: of the sampled rows and labels.
+        share: `(process index, number of processes)`; each process scores its share of the rows.
+        progress: wraps an iterable with a description, e.g. in a progress bar.
+    """
+
+    curvature: Any
+    num_samples: int
+    task: Task
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")
+    seed: int = 0
+    share: tuple[int, int] = (0, 1)
+    progress: Callable[[Sequence, str], Any] = lambda items, description: items
+
+
+def walk(
+    stages: Sequence[StageRecord],
+    rows: Mapping[str, Any],
+    query_gradients: Callable[[RowGradients], Vectors],
+    settings: WalkSettings,
+    models: Callable[[StageRecord], nn.Module],
+) -> Iterator[tuple[StageRecord, np.ndarray]]:
+    """Score the rows of one stage after another, from the last to the first.
+
+    Args:
+        stages: in the order of training.
+        rows: stage name -> `StageRows`.
+        query_gradients: gives `q` at the final weights from the engine of the last stage's model.
+        settings: see `WalkSettings`.
+        models: builds a stage's model.
+
+    Yields:
+        The stage and its scores, float32 `[queries, rows]`: this process's share (zeros elsewhere).
+
+    Raises:
+        UnsupportedError: if a stage does not start from the weights the one before it ended with.
+    """
+    vectors: Vectors | None = None
+    for position in range(len(stages) - 1, -1, -1):
+        stage = stages[position]
+        model = models(stage).to(settings.device, settings.dtype).eval()
+        names = wanted_parameters(model, stages[: position + 1])
+        gradients = RowGradients(model, settings.task, list(names))
+        gradients.check(rows[stage.name].collated(rows[stage.name].shortest(2), settings.device))
+        if vectors is None:
+            stage.load_weights(model, "final")
+            vectors = query_gradients(gradients)
+        else:
+            vectors = _enter_stage(vectors, names, stages, position, gradients)
+        scores = np.zeros((len(next(iter(vectors.values()))), stage.num_rows), dtype=np.float32)
+        for segment in reversed(stage.segments):
+            stage.load_weights(model, segment.index)
+            vectors = _through_segment(segment, stage, rows[stage.name], gradients, vectors, scores, settings)
+        vectors = {names[name]: vector for name, vector in vectors.items()}
+        del model, gradients
+        yield stage, scores
+
+
+def wanted_parameters(model: nn.Module, stages: Sequence[StageRecord]) -> dict[str, str]:
+    """Parameters of the last stage's model that this or an earlier stage trains: its own name -> canonical name.
+
+    Weights frozen in this stage but trained before carry influence through it, so they are wanted too.
+    """
+    trained = {canonical_name(name) for stage in stages for name in stage.trainable}
+    own = set(stages[-1].trainable)
+    return {
+        name: canonical_name(name)
+        for name, _ in model.named_parameters()
+        if name in own or canonical_name(name) in trained
+    }
+
+
+def segment_flow(segment: SegmentRecord, gradients: RowGradients, settings: WalkSettings) -> Flow:
+    """The segment's constants for every wanted parameter; `P = 0` for what it does not train."""
+    like = dict(dtype=settings.dtype, device=settings.device)
+    preconditioner = {name: tensor.to(**like) for name, tensor in segment.preconditioner().items()}
+    decay = {name: tensor.to(**like) for name, tensor in segment.decay().items()}
+    zero = torch.zeros((), **like)
+    return Flow(
+        segment.effective_learning_rate_sum,
+        {name: preconditioner.get(name, zero) for name in gradients.parameters},
+        {name: decay.get(name, zero) for name in gradients.parameters},
+    )
+
+
+def _through_segment(segment, stage, rows, gradients, vectors, scores, settings) -> Vectors:
+    flow = segment_flow(segment, gradients, settings)
+    if flow.length <= 0:  # nothing moved: every step was skipped, or the learning rate was 0
+        return vectors
+    weights = segment.row_weights()
+    sample = draw_sample(rows, weights, gradients, settings, seed=settings.seed + 7919 * segment.index)
+    scoring, vectors = settings.curvature.propagate(vectors, flow, sample)
+    title = f"scoring {stage.name}, segment {segment.index + 1}"
+    visited = np.flatnonzero(weights)
+    for numbers in settings.progress(rows.batches(visited)[settings.share[0] :: settings.share[1]], title):
+        batch = rows.collated(numbers, settings.device)
+        scale = torch.as_tensor(weights[numbers] / flow.length)
+        scores[:, numbers] += (score_rows(gradients, batch, scoring).double() * scale).float().numpy()
+    return vectors
+
+
+def draw_sample(
+    rows: Any, weights: np.ndarray, gradients: RowGradients, settings: WalkSettings, seed: int
+) -> FisherSample:
+    """The segment's sample: rows in proportion to their weight in it, in batches of similar length."""
+    numbers = systematic_sample(weights, settings.num_samples, seed)
+    batches = [rows.collated(part, settings.device) for part in rows.batches(numbers)]
+    return FisherSample(gradients, batches, seed)
+
+
+def score_rows(gradients: RowGradients, batch: Mapping[str, torch.Tensor], vectors: Vectors) -> torch.Tensor:
+    """Dot products of each row's gradient with each vector, on the CPU: `[vectors, rows]`."""
+    done = gradients.run(batch, vectors)
+    result = None
+    for name, rows, grads in gradients.blocks(done, vectors):
+        if result is None:
+            result = grads.new_zeros((len(vectors[name]), done.num_rows))
+        result[:, rows] += as_rows(vectors[name]) @ as_rows(grads).T
+    return result.cpu()
+
+
+def _enter_stage(vectors, names, stages, position, gradients) -> Vectors:
+    """Vectors at the end of an earlier stage, under the names of its model."""
+    _check_handover(stages[position], stages[position + 1])
+    count = next(iter(vectors.values()))
+    entered = {}
+    for name, canonical in names.items():
+        parameter = gradients.parameters[name]
+        vector = vectors.get(canonical)
+        if vector is None:  # a part that the later stage replaced: what it learnt had no way to the answer
+            vector = count.new_zeros((len(count), *parameter.shape))
+        if vector.shape[1:] != parameter.shape:
+            raise UnsupportedError(
+                f"Parameter {name!r} has shape {tuple(parameter.shape)} in stage {stages[position].name!r} and "
+                f"{tuple(vector.shape[1:])} in the next one: resize embeddings before the first recorded stage."
+            )
+        entered[name] = vector
+    return entered
+
+
+def _check_handover(earlier: StageRecord, later: StageRecord) -> None:
+    """A stage must start from the weights the one before it ended with, or influence cannot pass between them."""
+    if not later.continues_parent:
+        raise UnsupportedError(
+            f"Stage {later.name!r} does not start from the weights stage {earlier.name!r} ended with: train it from "
+            "the recorded model, or record the stages in separate records."
+        )

@@ -1,0 +1,310 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from hf_source import Queries, SourceAttributor, SourceTrainer, TrainingRecord
+from hf_source.attribution import METHODS
+from hf_source.errors import ConfigError, DataError, RecordError, UnsupportedError
+from hf_source.recording import replay
+
+from ..cases import byte_tokenizer, config, tiny_gpt2
+from ..story import CAPITALS, chats, facts
+
+
+def attributor(record, **settings):
+    return SourceAttributor.from_record(record.path, **{"num_samples": 16, "progress": False, **settings})
+
+
+@pytest.fixture(scope="module")
+def queries():
+    return Queries.from_text(["Peru:", "Q Cuba? A"], [" Lima", " Havana"], names=["lima", "havana"])
+
+
+@pytest.fixture(scope="module")
+def scores(story, queries):
+    """Scores of both stages by the default method."""
+    walker = attributor(story)
+    return {stage: walker.scores(None, queries, stage) for stage in ("sft", "pretrain")}
+
+
+def test_columns_hold_the_scores(story, queries, scores):
+    scored = attributor(story).attribute(facts(), queries, stage="pretrain")
+    assert scored.column_names == ["text", "label_of_mine", "source_row", "source_lima", "source_havana"]
+    assert scored.features["source_lima"].dtype == "float32"
+    assert scored.features["source_row"].dtype == "int64"
+    assert scored["source_row"] == list(range(8))
+    np.testing.assert_array_equal(np.asarray(scored["source_havana"], dtype=np.float32), scores["pretrain"][1])
+    assert scored.sort("source_lima", reverse=True)[0]["text"] == "Peru: Lima."
+
+
+def test_order_of_asking_does_not_matter(story, queries, scores):
+    walker = attributor(story)
+    first = walker.scores(None, queries, "pretrain")
+    second = walker.scores(None, queries, "sft")
+    np.testing.assert_array_equal(first, scores["pretrain"])
+    np.testing.assert_array_equal(second, scores["sft"])
+
+
+def test_other_queries_start_another_walk(story, queries, scores):
+    walker = attributor(story)
+    walker.scores(None, queries.select([0]), "sft")
+    np.testing.assert_allclose(walker.scores(None, queries, "sft"), scores["sft"], rtol=1e-4, atol=1e-6)
+
+
+def test_a_query_does_not_depend_on_its_neighbours(story, queries, scores):
+    alone = attributor(story).scores(None, queries.select([1]), "pretrain")
+    # Same sampled labels; only the order of float32 sums differs.
+    np.testing.assert_allclose(alone[0], scores["pretrain"][1], rtol=1e-3, atol=1e-5 * np.abs(scores["pretrain"]).max())
+
+
+def test_tokenised_rows_score_like_raw_ones(story, queries, scores):
+    tokenised = story.stage("pretrain").rows().remove_columns(["text", "source_row"])
+    got = attributor(story).scores(tokenised, queries, "pretrain")
+    np.testing.assert_allclose(got, scores["pretrain"], rtol=1e-5, atol=1e-7)
+
+
+def test_shuffled_rows_keep_their_scores(story, queries, scores):
+    numbered = facts().add_column("source_row", np.arange(8))
+    shuffled = numbered.shuffle(seed=3)
+    assert shuffled["source_row"] != numbered["source_row"]
+    scored = attributor(story).attribute(shuffled, queries, "pretrain")
+    expected = scores["pretrain"][0][shuffled["source_row"]]
+    np.testing.assert_allclose(np.asarray(scored["source_lima"]), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("curvature", ["joint", "ekfac", "identity"])
+def test_every_curvature_finds_the_fact(story, queries, curvature):
+    got = attributor(story, curvature=curvature).scores(None, queries, "pretrain")
+    assert got[0].argmax() == list(CAPITALS).index("Peru")
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_scores_every_row(story, queries, method):
+    walker = attributor(story, method=method)
+    for stage, num_rows in (("pretrain", 8), ("sft", 4)):
+        got = walker.scores(None, queries, stage)
+        assert got.shape == (2, num_rows)
+        assert got.dtype == np.float32
+        assert np.isfinite(got).all()
+        assert np.abs(got).max() > 0
+    assert walker.scores(None, queries, "sft")[1].argmax() == list(CAPITALS).index("Cuba")
+
+
+def test_grad_dot_is_the_dot_product_of_gradients(story, queries):
+    got = attributor(story, method="grad-dot").scores(None, queries, "sft")
+    cosines = attributor(story, method="grad-cos").scores(None, queries, "sft")
+    model = story.stage("sft").build_model(torch.float32)
+    tokenizer = byte_tokenizer()
+
+    def gradient(ids, labels):
+        model.zero_grad()
+        logits = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        asked = [(t, label) for t, label in enumerate(labels[1:]) if label != -100]
+        (-sum(logits[t, label] for t, label in asked)).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    rows = [gradient(row["input_ids"], row["labels"]) for row in story.stage("sft").rows()]
+    asked = [gradient(r["input_ids"], r["labels"]) for r in queries.encode(tokenizer).rows]
+    expected = torch.stack([torch.stack([a @ r for r in rows]) for a in asked]).numpy()
+    norms = torch.stack([torch.stack([a.norm() * r.norm() for r in rows]) for a in asked]).numpy()
+    # float32 sums over 10 thousand parameters
+    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(cosines, expected / norms, atol=1e-4)
+
+
+def test_scores_predict_leave_one_out(tmp_path):
+    """Sign, unit and rank: each row of a short SGD run is left out in turn, and the replay without it measured."""
+    torch.manual_seed(0)
+    dataset = chats()
+    settings = {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0, "weight_decay": 0.0, "num_segments": 4}
+    settings |= {"gradient_accumulation_steps": 1, "lr_scheduler_type": "constant", "max_steps": 24}
+    model = tiny_gpt2(vocab_size=260)
+    SourceTrainer(
+        model, config(tmp_path, **settings), train_dataset=dataset, processing_class=byte_tokenizer()
+    ).train()
+    record = TrainingRecord.load(tmp_path / "record")
+    asked = Queries.from_text(["Q Peru? A", "Q Fiji? A"], [" Lima", " Suva"])
+    got = attributor(record, num_samples=256).scores(None, asked)
+    stage, rows = record.stages[0], record.stages[0].rows()
+
+    def losses(mask):
+        trained = replay(stage, rows, row_mask=mask)
+        return _losses(trained, asked)
+
+    base = losses(np.ones(4, dtype=bool))
+    real = np.stack([losses(np.arange(4) != row) - base for row in range(4)], axis=1)
+    assert np.corrcoef(got.ravel(), real.ravel())[0, 1] > 0.9
+    # The unit is nats: the sum of predicted changes is the sum of real ones, to the first order the method works at.
+    assert 0.5 < np.abs(got).sum() / np.abs(real).sum() < 2
+
+
+def _losses(model, queries):
+    rows = queries.encode(byte_tokenizer()).rows
+    result = []
+    for row in rows:
+        with torch.no_grad():
+            logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1].log_softmax(-1)
+        result.append(-sum(float(logits[t, y]) for t, y in enumerate(row["labels"][1:]) if y != -100))
+    return np.asarray(result)
+
+
+def test_generate_makes_queries_of_what_was_said(story):
+    made = attributor(story).generate(["Peru:", "Q Cuba? A"], max_new_tokens=8)
+    assert made.names == ["q0", "q1"]
+    model = story.stage("sft").build_model()
+    for (_, prompt, completion), row in zip(made, made.rows, strict=True):
+        ids = torch.tensor([byte_tokenizer()(prompt)["input_ids"]])
+        alone = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=0)[0].tolist()
+        said = alone[ids.shape[1] :]
+        said = said[: said.index(0)] if 0 in said else said
+        assert [label for label in row["labels"] if label != -100] == said  # batching and padding change nothing
+        assert completion == byte_tokenizer().decode(said)
+
+
+def test_top_lists_both_stages_and_directions(story, queries, scores):
+    table = attributor(story).top(queries, k=2)
+    assert table.column_names == ["query", "stage", "row", "rank", "score", "text"]
+    lima = [row for row in table if row["query"] == "lima" and row["stage"] == "pretrain"]
+    assert [row["rank"] for row in lima] == [1, 2, -1, -2]
+    assert lima[0]["row"] == scores["pretrain"][0].argmax()
+    assert lima[0]["text"] == "Peru: Lima."
+    assert lima[2]["row"] == scores["pretrain"][0].argmin()
+    assert len(attributor(story).top(queries, k=2, opposing=False, stages=["sft"])) == 4
+
+
+def test_plan_says_what_will_be_done(story, queries):
+    plan = attributor(story).plan(facts(), queries, stage="pretrain")
+    assert [stage.name for stage in plan.stages] == ["sft", "pretrain"]
+    rows = story.stage("pretrain").rows()
+    assert plan.stages[1].score_tokens == 2 * sum(map(len, rows["input_ids"]))  # each row visited in both segments
+    assert plan.seconds > 0
+    assert plan.peak_memory > 2 * 3 * 4 * plan.num_parameters
+    assert "walk and score 'pretrain'" in str(plan)
+    assert attributor(story, memory_budget=1000).plan(None, queries, "sft").stages[0].sample_passes > 1
+
+
+def test_small_memory_budget_changes_nothing(story, queries, scores):
+    got = attributor(story, memory_budget=20_000).scores(None, queries, "pretrain")
+    np.testing.assert_allclose(got, scores["pretrain"], rtol=1e-2, atol=1e-4 * np.abs(scores["pretrain"]).max())
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------------
+
+
+def test_another_dataset_is_refused(story, queries):
+    other = facts().map(lambda row: {"text": row["text"].replace("Lima", "Cusco")})
+    with pytest.raises(DataError, match="content hash differs.*same"):
+        attributor(story).attribute(other, queries, "pretrain")
+
+
+def test_another_number_of_rows_is_refused(story, queries):
+    with pytest.raises(DataError, match="7 rows.*'pretrain' was trained on 8.*pass the dataset exactly"):
+        attributor(story).attribute(facts().select(range(7)), queries, "pretrain")
+
+
+def test_a_changed_order_is_refused(story, queries):
+    with pytest.raises(DataError, match="same order"):
+        attributor(story).attribute(facts().select(range(7, -1, -1)), queries, "pretrain")
+
+
+def test_unknown_stage_lists_the_known(story, queries):
+    with pytest.raises(RecordError, match=r"no stage 'dpo'.*\['pretrain', 'sft'\]"):
+        attributor(story).scores(None, queries, "dpo")
+    with pytest.raises(RecordError, match="several stages: choose"):
+        attributor(story).scores(None, queries)
+
+
+def test_a_column_of_the_name_is_refused_before_work(story):
+    clash = facts().add_column("source_lima", [0.0] * 8)
+    walker = attributor(story)
+    with pytest.raises(DataError, match="'source_lima', which the dataset has already: rename the query"):
+        walker.attribute(clash, Queries.from_text(["Peru:"], [" Lima"], names=["lima"]), "pretrain")
+    with pytest.raises(DataError, match="'source_row'"):
+        walker.attribute(facts(), Queries.from_text(["Peru:"], [" Lima"], names=["row"]), "pretrain")
+    assert not walker._walks  # nothing was computed
+
+
+def test_text_longer_than_the_context_is_refused(story):
+    long = Queries.from_text(["Peru:"], [" Lima" * 10])
+    with pytest.raises(DataError, match="'q0' has 55 tokens, the model's context holds 32: shorten"):
+        attributor(story).scores(None, long, "sft")
+    with pytest.raises(DataError, match="does not fit the context of 32"):
+        attributor(story).generate(["Peru: " * 5], max_new_tokens=8)
+
+
+def test_unknown_method_and_curvature_list_the_known(story):
+    with pytest.raises(ConfigError, match="method='sauce' is unknown.*source"):
+        attributor(story, method="sauce")
+    with pytest.raises(ConfigError, match="curvature='flat' is unknown.*joint"):
+        attributor(story, curvature="flat")
+    with pytest.raises(ConfigError, match="num_samples=0"):
+        attributor(story, num_samples=0)
+
+
+def test_missing_or_torn_record(story, tmp_path):
+    with pytest.raises(RecordError, match="no training record"):
+        SourceAttributor.from_record(tmp_path / "nowhere")
+    copy = tmp_path / "copy"
+    shutil.copytree(story.path, copy)
+    file = next(copy.glob("stages/*/segments/0/parameters.safetensors"))
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(RecordError, match="parameters.safetensors is damaged.*Restore it"):
+        SourceAttributor.from_record(copy)
+    file.unlink()
+    with pytest.raises(RecordError, match="it is missing"):
+        SourceAttributor.from_record(copy)
+
+
+def test_rows_that_are_nowhere_are_asked_for(tmp_path, queries):
+    model = tiny_gpt2(vocab_size=260)
+    args = config(tmp_path, record_rows=False)
+    SourceTrainer(model, args, train_dataset=facts(), processing_class=byte_tokenizer()).train()
+    record = TrainingRecord.load(tmp_path / "record")
+    with pytest.raises(DataError, match="does not hold them: pass `datasets="):
+        attributor(record).top(queries)
+    assert len(attributor(record, datasets={"train": facts()}).top(queries, k=1)) == 4
+
+
+def test_a_stage_that_started_elsewhere_is_refused(story, tmp_path, queries):
+    copy = tmp_path / "copy"
+    shutil.copytree(story.path, copy)
+    model = tiny_gpt2(seed=5, vocab_size=260)  # not the model that sft ended with
+    args = config(tmp_path, record_dir=str(copy), stage="dpo", max_steps=4)
+    SourceTrainer(model, args, train_dataset=chats(), processing_class=byte_tokenizer()).train()
+    walker = SourceAttributor.from_record(copy, num_samples=4, progress=False)
+    walker.scores(None, queries, "dpo")  # its own rows are fine
+    with pytest.raises(UnsupportedError, match="does not start from the weights stage 'sft' ended with"):
+        walker.scores(None, queries, "sft")
+
+
+def test_other_label_masking_is_noticed(story, queries):
+    rows = story.stage("sft").rows().remove_columns(["prompt", "completion", "source_row"])
+    stage = story.stage("sft")
+    unmasked = rows.map(lambda row: {"labels": row["input_ids"]})
+    stage.dataset["fingerprint"], before = _fingerprint(unmasked), stage.dataset["fingerprint"]
+    try:
+        with pytest.raises(DataError, match="label tokens.*data_collator"):
+            SourceAttributor(story, num_samples=4, progress=False).scores(unmasked, queries, "sft")
+    finally:
+        stage.dataset["fingerprint"] = before
+
+
+def _fingerprint(dataset):
+    from hf_source.data import content_fingerprint
+
+    return content_fingerprint(dataset)

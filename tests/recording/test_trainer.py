@@ -1,0 +1,360 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the trainer accepts, refuses, and does with rows on their way to the model."""
+
+import numpy as np
+import pytest
+import torch
+from cases import byte_tokenizer, config, distance, random_rows, tiny_gpt2, tiny_llama, train
+from datasets import Dataset, IterableDataset
+from transformers import Trainer, TrainingArguments
+
+from hf_source.data import ROW, CausalLMCollator
+from hf_source.errors import DataError, UnsupportedError
+from hf_source.recording import RecordingMixin, SourceConfig, SourceTrainer, TrainingRecord, replay
+from hf_source.recording.rows import RowDataset, with_row_numbers
+
+
+class Strict(type(tiny_llama())):
+    """A model that does not swallow unknown inputs, and notes the rows it was given."""
+
+    def forward(self, input_ids, attention_mask=None, labels=None, num_items_in_batch=None):
+        self.__dict__.setdefault("seen", []).append((self.training, input_ids.tolist()))
+        return super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, labels=labels, num_items_in_batch=num_items_in_batch
+        )
+
+
+def strict_model():
+    torch.manual_seed(0)
+    return Strict(tiny_llama().config)
+
+
+def trained_rows(record):
+    return [b.rows for step in record.stage().steps().micro_batches for b in step]
+
+
+def seen_rows(model, dataset):
+    """Which rows the model was really trained on, recognised by their tokens."""
+    by_tokens = {tuple(ids): row for row, ids in enumerate(dataset["input_ids"])}
+    assert len(by_tokens) == len(dataset)
+    batches = [batch for training, batch in model.seen if training]
+    return [[by_tokens[tuple(t for t in row if t)] for row in batch] for batch in batches]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"remove_unused_columns": False},
+        {"train_sampling_strategy": "group_by_length"},
+        {"dataloader_num_workers": 1, "num_train_epochs": 1},
+        {"accelerator_config": {"use_seedable_sampler": False}},
+    ],
+    ids=str,
+)
+def test_recorded_rows_are_the_rows_that_reached_the_model(tmp_path, settings):
+    model, dataset = strict_model(), random_rows()
+    _, record = train(tmp_path, model, dataset, **settings)
+    assert trained_rows(record) == seen_rows(model, dataset)
+    assert record.verify() == []
+
+
+def test_rows_of_any_map_style_dataset(tmp_path):
+    dataset = random_rows()
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(dataset)
+
+        def __getitem__(self, index):
+            return dict(dataset[index])
+
+    for number, rows in enumerate((Rows(), [dict(row) for row in dataset], dataset.with_format("torch"))):
+        model = strict_model()
+        _, record = train(tmp_path / str(number), model, rows)
+        assert trained_rows(record) == seen_rows(model, dataset)
+        assert record.stage().num_rows == 22
+
+
+def test_formatted_columns_keep_the_row_number(tmp_path):
+    model, dataset = strict_model(), random_rows()
+    _, record = train(tmp_path, model, dataset.with_format("numpy", columns=["input_ids", "labels"]))
+    assert trained_rows(record) == seen_rows(model, dataset)
+
+
+def test_own_row_numbers_are_kept(tmp_path):
+    numbers = np.random.default_rng(0).permutation(22)
+    dataset = random_rows().add_column(ROW, numbers)
+    model = strict_model()
+    _, record = train(tmp_path, model, dataset)
+    assert trained_rows(record) == [[int(numbers[row]) for row in batch] for batch in seen_rows(model, dataset)]
+    stage = record.stage()
+    assert stage.dataset["row_numbers"] == "column"
+    other = strict_model()
+    again = replay(stage, dataset, model=other)
+    final, start = stage.weights("final"), stage.weights("initial")
+    assert distance(dict(again.named_parameters()), final) < 0.01 * distance(start, final)
+    with pytest.raises(DataError, match=f"numbered its rows by the column `{ROW}`"):
+        replay(stage, dataset.remove_columns(ROW), model=other)
+
+
+@pytest.mark.parametrize("numbers", [[0, 1, 1], [1, 2, 3], [-1, 0, 1], [0.0, 1.0, 2.0]])
+def test_impossible_row_numbers_are_refused(numbers):
+    dataset = Dataset.from_dict({"input_ids": [[1, 2]] * 3, ROW: numbers})
+    with pytest.raises(DataError, match=r"different whole number in \[0, 3\).*remove_columns"):
+        with_row_numbers(dataset)
+
+
+def test_rows_that_are_not_dictionaries_are_refused():
+    with pytest.raises(DataError, match="not a dictionary"):
+        RowDataset([[1, 2]])[0]
+
+
+def test_evaluation_never_sees_row_numbers(tmp_path):
+    model = strict_model()
+    dataset = random_rows()
+    evaluated = dataset.add_column(ROW, np.arange(22))
+    run = SourceTrainer(
+        model,
+        config(tmp_path, eval_strategy="epoch", remove_unused_columns=False),
+        train_dataset=dataset,
+        eval_dataset={"with": evaluated, "without": dataset},
+    )
+    run.train()
+    assert run.evaluate()["eval_with_loss"] == run.evaluate()["eval_without_loss"]
+    assert run.predict(evaluated).metrics["test_loss"] > 0
+
+
+def test_a_batch_that_lost_its_rows_stops_training(tmp_path):
+    class Packing(SourceTrainer):
+        def get_train_dataloader(self):
+            loader = super().get_train_dataloader()
+            loader.collate_fn = CausalLMCollator()
+            loader.dataset = loader.dataset
+            return loader
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            inputs.pop(ROW)
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    run = Packing(tiny_llama(), config(tmp_path), train_dataset=random_rows())
+    with pytest.raises(UnsupportedError, match="without its row numbers"):
+        run.train()
+
+
+# ---- Other trainers ----
+
+
+class FilteringTrainer(Trainer):
+    """Prepares its rows as TRL's trainers do: drops some, keeps other columns, and replaces the signature."""
+
+    def __init__(self, model, args, processing_class=None, *, train_dataset=None, **kwargs):
+        keep = train_dataset.filter(lambda row: len(row["input_ids"]) > 7)
+        super().__init__(model, args, train_dataset=keep.shuffle(seed=3), data_collator=CausalLMCollator(), **kwargs)
+
+    def _set_signature_columns_if_needed(self):
+        self._signature_columns = ["input_ids", "labels"]
+
+
+class RecordedFilteringTrainer(RecordingMixin, FilteringTrainer):
+    pass
+
+
+def test_the_mixin_numbers_rows_before_the_trainer_moves_them(tmp_path):
+    model, dataset = strict_model(), random_rows()
+    RecordedFilteringTrainer(model, config(tmp_path), train_dataset=dataset, processing_class=None).train()
+    record = TrainingRecord.load(tmp_path / "record")
+    assert record.stage().num_rows == 22
+    assert trained_rows(record) == seen_rows(model, dataset)
+    kept = {row for row, ids in enumerate(dataset["input_ids"]) if len(ids) > 7}
+    assert {row for batch in trained_rows(record) for row in batch} == kept
+
+
+def test_plain_training_arguments(tmp_path):
+    class Recorded(RecordingMixin, Trainer):
+        pass
+
+    arguments = {"output_dir": str(tmp_path), "max_steps": 3, "use_cpu": True, "save_strategy": "no"}
+    trainers = [
+        Recorded(tiny_llama(), TrainingArguments(**arguments), CausalLMCollator(), random_rows()),
+        SourceTrainer(tiny_llama(), SourceConfig(**arguments, stage="b"), train_dataset=random_rows()),
+    ]
+    for trainer in trainers:
+        trainer.train()
+    record = TrainingRecord.load(tmp_path / "record")
+    assert [stage.name for stage in record.stages] == ["train", "b"]
+
+
+def test_a_training_set_that_is_replaced_later(tmp_path, caplog):
+    model, dataset = strict_model(), random_rows(30, seed=4)
+    run = SourceTrainer(model, config(tmp_path), train_dataset=random_rows())
+    run.train_dataset = dataset
+    with caplog.at_level("WARNING"):
+        run.train()
+    record = TrainingRecord.load(tmp_path / "record")
+    assert record.stage().num_rows == 30 and trained_rows(record) == seen_rows(model, dataset)
+    assert "not the one the trainer was given" in caplog.text
+
+
+def test_prompt_and_completion_rows(tmp_path):
+    rows = Dataset.from_dict({"prompt": ["1+1=", "2+2=", "3+4="] * 4, "completion": ["2", "4", "7"] * 4})
+    model = tiny_gpt2(vocab_size=257)
+    _, record = train(tmp_path, model, rows, trainer={"processing_class": byte_tokenizer(), "eval_dataset": rows})
+    stage = record.stage()
+    assert stage.dataset["kind"] == "prompt_completion"
+    assert {b.items for step in stage.steps().micro_batches for b in step} == {4 * 2}  # a digit and the end, each
+    assert record.processing_class().eos_token_id == 0
+
+
+def test_unreadable_columns(tmp_path):
+    rows = Dataset.from_dict({"question": ["a"]})
+    with pytest.raises(DataError, match="none of which hf_source can read"):
+        SourceTrainer(tiny_gpt2(), config(tmp_path), train_dataset=rows)
+
+
+def test_a_classifier_is_recorded_with_a_warning(tmp_path, caplog):
+    from transformers import GPT2ForSequenceClassification
+
+    settings = tiny_gpt2().config
+    settings.num_labels, settings.pad_token_id = 3, 0
+    torch.manual_seed(0)
+    rows = random_rows().remove_columns("labels").add_column("labels", np.arange(22) % 3)
+
+    def collate(features):
+        inputs = CausalLMCollator()([{"input_ids": feature["input_ids"]} for feature in features])
+        return inputs | {"labels": torch.tensor([feature["labels"] for feature in features])}
+
+    model = GPT2ForSequenceClassification(settings)
+    with caplog.at_level("WARNING"):
+        _, record = train(tmp_path, model, rows, trainer={"data_collator": collate})
+    assert "is no causal language model" in caplog.text
+    stage = record.stage()
+    assert stage.loss["kind"] == "ForSequenceClassification" and stage.collator["class"].endswith("collate")
+    assert all(b.items == len(b.rows) for step in stage.steps().micro_batches for b in step)
+    assert all(b.normalizer == sum(len(o.rows) for o in step) for step in stage.steps().micro_batches for b in step)
+    again = replay(stage, rows, data_collator=collate)
+    for name, parameter in again.named_parameters():
+        torch.testing.assert_close(parameter, stage.weights("final")[name], rtol=0.01, atol=1e-4)
+
+
+# ---- Refusals and warnings ----
+
+
+def with_batch_norm():
+    model = tiny_llama()
+    model.model.norm = torch.nn.BatchNorm1d(16)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "trainer", "message"),
+    [
+        (tiny_llama, {"label_smoothing_factor": 0.1}, {}, "Set label_smoothing_factor=0"),
+        (tiny_llama, {"optim": "adafactor"}, {}, r"torch\.optim\.SGD, torch\.optim\.Adam, torch\.optim\.AdamW"),
+        (tiny_llama, {"optim": "rmsprop"}, {}, "RMSprop cannot be attributed"),
+        (with_batch_norm, {}, {}, "`model.norm` is a BatchNorm1d.*LayerNorm"),
+    ],
+)
+def test_refused_at_the_start(tmp_path, make, settings, trainer, message):
+    model = make()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(UnsupportedError, match=message):
+        train(tmp_path, model, trainer=trainer, **settings)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert not (tmp_path / "record").exists()
+
+
+def test_streams_are_refused(tmp_path):
+    rows = random_rows().to_iterable_dataset()
+    assert isinstance(rows, IterableDataset)
+    with pytest.raises(UnsupportedError, match="without streaming=True"):
+        train(tmp_path, tiny_llama(), rows, max_steps=3)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("world_size", 2, "one process"),
+        ("n_gpu", 2, "CUDA_VISIBLE_DEVICES=0"),
+        ("fp16", True, "bf16=True"),
+    ],
+)
+def test_settings_that_this_machine_cannot_make_are_refused(tmp_path, monkeypatch, attribute, value, message):
+    run = SourceTrainer(tiny_llama(), config(tmp_path), train_dataset=random_rows())
+    monkeypatch.setattr(type(run.args), attribute, value)
+    run.args.__dict__.pop(attribute, None)
+    with pytest.raises(UnsupportedError, match=message):
+        run.train()
+
+
+@pytest.mark.parametrize("backend", ["is_deepspeed_enabled", "is_fsdp_enabled"])
+def test_sharded_training_is_refused(tmp_path, backend):
+    run = SourceTrainer(tiny_llama(), config(tmp_path), train_dataset=random_rows())
+    setattr(run, backend, True)
+    with pytest.raises(UnsupportedError, match="DeepSpeed and FSDP"):
+        run.train()
+
+
+def test_dropout_and_noise_are_warned_about(tmp_path, caplog):
+    with caplog.at_level("WARNING"):
+        _, record = train(tmp_path, tiny_gpt2(attn_pdrop=0.1), neftune_noise_alpha=1.0, max_steps=3)
+    assert "trains with dropout" in caplog.text and "neftune_noise_alpha" in caplog.text
+    assert record.stage().training["dropout"] is True
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        train(tmp_path, tiny_llama(attention_dropout=0.1), max_steps=3, stage="b")
+    assert "trains with dropout" in caplog.text
+
+
+def test_training_twice_with_one_trainer_is_refused(tmp_path):
+    run, _ = train(tmp_path, tiny_llama(), max_steps=3)
+    run.args.stage = "again"
+    with pytest.raises(UnsupportedError, match="carries moments from earlier training"):
+        run.train()
+
+
+def test_gradients_that_are_not_numbers_stop_training(tmp_path):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("inf")
+    with pytest.raises(UnsupportedError, match="optimizer step 0 has norm nan"):
+        train(tmp_path, model)
+
+
+def test_constants_that_change_during_training_stop_it(tmp_path):
+    from transformers import TrainerCallback
+
+    class Change(TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer, **kwargs):
+            optimizer.param_groups[0]["weight_decay"] = 0.5
+
+    with pytest.raises(UnsupportedError, match="changed during training"):
+        train(tmp_path, tiny_llama(), trainer={"callbacks": [Change()]})
+
+
+def test_no_trainable_parameter(tmp_path):
+    model = tiny_llama().requires_grad_(False)
+    with pytest.raises((UnsupportedError, ValueError)):
+        train(tmp_path, model)
+
+
+def test_bfloat16_autocast_is_replayed(tmp_path):
+    model = tiny_llama()
+    _, record = train(tmp_path, model, bf16=True)
+    stage = record.stage()
+    assert stage.training["bf16"] and stage.weights("final")["lm_head.weight"].dtype == torch.float32
+    again = dict(replay(stage, random_rows()).named_parameters())
+    final, start = stage.weights("final"), stage.weights("initial")
+    assert distance(again, final) <= 0.01 * distance(start, final)
