@@ -58,14 +58,23 @@ class FisherSample:
         gradients: engine at the segment's weights.
         batches: model inputs; the samples are their rows in order.
         seed: of the label draws. Labels are drawn once and reused, so every pass sees the same `S`.
+        objective_scale: the objective that was trained over the mean loss per item, if the losses were divided by
+            another number than that of their items.
     """
 
-    def __init__(self, gradients: RowGradients, batches: Sequence[dict[str, torch.Tensor]], seed: int = 0) -> None:
+    def __init__(
+        self,
+        gradients: RowGradients,
+        batches: Sequence[dict[str, torch.Tensor]],
+        seed: int = 0,
+        objective_scale: float = 1.0,
+    ) -> None:
         self.gradients = gradients
         self.batches = batches
         self.size = sum(len(batch["labels"]) for batch in batches)
         items = sum(int(gradients.task.num_items(batch["labels"]).sum()) for batch in batches)
-        self.scale = max(items, 1) ** -0.5
+        self.objective_scale = objective_scale
+        self.scale = (objective_scale / max(items, 1)) ** 0.5
         self.num_passes = 0
         self._labels: list[torch.Tensor | None] = [None] * len(batches)
         self._generator = torch.Generator().manual_seed(seed)

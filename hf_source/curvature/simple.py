@@ -121,7 +121,7 @@ def gauss_newton(sample: FisherSample, names: list[str]) -> torch.Tensor:
                 p = item.detach().double().softmax(dim=0)
                 result += jacobian.T @ ((torch.diag(p) - p[:, None] * p) @ jacobian)
         items += len(logits)
-    return result / items
+    return result * (sample.objective_scale / items)
 
 
 def flatten(vectors: Vectors) -> torch.Tensor:

@@ -11,7 +11,6 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Errors of the library. Every message says what is wrong and what to change."""
 """The demo: a tiny language model learns facts about countries in two stages, and every answer's sources are known."""
 
 from .facts import (

@@ -11,7 +11,6 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Errors of the library. Every message says what is wrong and what to change."""
 """Training settings of the demo's two stages: keyword arguments of `TrainingArguments`, per stage.
 
 Chosen so that both stages together take about half a minute on one core, nearly every question that was finetuned on

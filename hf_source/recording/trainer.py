@@ -21,7 +21,7 @@ from typing import Any
 import datasets
 import torch
 from accelerate.logging import get_logger
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data import IGNORE_INDEX, ROW, CausalLMCollator, dataset_kind, prepare_rows
@@ -240,8 +240,9 @@ class SourceTrainer(RecordingMixin, Trainer):
     `completion`; needs `processing_class`), and rows are padded to the right by default.
 
     Args:
-        model: model to train.
+        model: model to train; the path or Hub id of a causal language model loads it in float32, with its tokenizer.
         args: a `SourceConfig`; default `SourceConfig()`. A plain `TrainingArguments` works too.
+        train_dataset: rows; a path or Hub id loads its `train` split.
         kwargs: the other arguments of `Trainer`.
 
     Example:
@@ -251,7 +252,7 @@ class SourceTrainer(RecordingMixin, Trainer):
 
     def __init__(
         self,
-        model: torch.nn.Module | None = None,
+        model: torch.nn.Module | str | None = None,
         args: TrainingArguments | None = None,
         data_collator: Any = None,
         train_dataset: Any = None,
@@ -260,6 +261,12 @@ class SourceTrainer(RecordingMixin, Trainer):
         **kwargs: Any,
     ) -> None:
         args = SourceConfig() if args is None else args
+        if isinstance(model, str):
+            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
+            # Checkpoints are often bfloat16, in which small updates would round away.
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        if isinstance(train_dataset, str):
+            train_dataset = datasets.load_dataset(train_dataset, split="train")
         super().__init__(
             model=model,
             args=args,

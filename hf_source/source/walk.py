@@ -136,7 +136,8 @@ def _through_segment(segment, stage, rows, gradients, vectors, scores, settings)
     if flow.length <= 0:  # nothing moved: every step was skipped, or the learning rate was 0
         return vectors
     weights = segment.row_weights()
-    sample = draw_sample(rows, weights, gradients, settings, seed=settings.seed + 7919 * segment.index)
+    seed = settings.seed + 7919 * segment.index
+    sample = draw_sample(rows, weights, gradients, settings, seed, segment.objective_scale())
     scoring, vectors = settings.curvature.propagate(vectors, flow, sample)
     title = f"scoring {stage.name}, segment {segment.index + 1}"
     visited = np.flatnonzero(weights)
@@ -148,12 +149,17 @@ def _through_segment(segment, stage, rows, gradients, vectors, scores, settings)
 
 
 def draw_sample(
-    rows: Any, weights: np.ndarray, gradients: RowGradients, settings: WalkSettings, seed: int
+    rows: Any,
+    weights: np.ndarray,
+    gradients: RowGradients,
+    settings: WalkSettings,
+    seed: int,
+    objective_scale: float = 1.0,
 ) -> FisherSample:
     """The segment's sample: rows in proportion to their weight in it, in batches of similar length."""
     numbers = systematic_sample(weights, settings.num_samples, seed)
     batches = [rows.collated(part, settings.device) for part in rows.batches(numbers)]
-    return FisherSample(gradients, batches, seed)
+    return FisherSample(gradients, batches, seed, objective_scale)
 
 
 def score_rows(gradients: RowGradients, batch: Mapping[str, torch.Tensor], vectors: Vectors) -> torch.Tensor:

@@ -218,6 +218,20 @@ def test_prompt_and_completion_rows(tmp_path):
     assert record.processing_class().eos_token_id == 0
 
 
+def test_model_and_rows_by_path(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    tiny_gpt2(vocab_size=257, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "rows").mkdir()
+    Dataset.from_dict({"text": ["one", "two", "three"]}).to_json(tmp_path / "rows" / "train.jsonl")
+    run, record = train(tmp_path, str(tmp_path / "model"), str(tmp_path / "rows"), num_segments=1)
+    assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+    assert (
+        record.stage().num_rows == 3
+        and record.processing_class()("one")["input_ids"] == byte_tokenizer()("one").input_ids
+    )
+
+
 def test_unreadable_columns(tmp_path):
     rows = Dataset.from_dict({"question": ["a"]})
     with pytest.raises(DataError, match="none of which hf_source can read"):
