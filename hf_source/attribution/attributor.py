@@ -48,6 +48,8 @@ class SourceAttributor:
         curvature: `"joint"` (all layers at once), `"ekfac"` (the paper's), `"identity"`, `"exact"` (tiny models).
         num_samples: sampled-label gradients per segment; more is more accurate and costs `num_samples^2` memory.
         tail: give `joint` its block-diagonal tail.
+        momentum: weigh a row's visits by the updates that its gradients really entered through momentum; `False` gives
+            them the learning rate of the step that took them, as in the paper.
         datasets: stage name -> dataset, for stages whose rows the record does not hold or that are given anew.
         model: a callable giving a fresh model for a stage, for architectures that transformers cannot rebuild.
         task: what defines a row's loss; causal language modelling by default.
@@ -71,6 +73,7 @@ class SourceAttributor:
         curvature: str = "joint",
         num_samples: int = 1024,
         tail: bool = True,
+        momentum: bool = True,
         datasets: Mapping[str, Dataset] | None = None,
         model: Callable[[StageRecord], nn.Module] | None = None,
         task: Task | None = None,
@@ -91,6 +94,7 @@ class SourceAttributor:
         self.curvature_name = curvature
         self.curvature = make_curvature(curvature, tail=tail, memory_budget=memory_budget)
         self.num_samples = num_samples
+        self.momentum = momentum
         self.task = task or CausalLMTask()
         self.data_collator = data_collator
         self.max_tokens_per_batch = max_tokens_per_batch
@@ -353,6 +357,7 @@ class SourceAttributor:
             self.device,
             self.seed,
             (self.accelerator.process_index, self.accelerator.num_processes),
+            self.momentum,
             self.progress,
         )
 

@@ -13,10 +13,12 @@
 # limitations under the License.
 """Training settings of the demo's two stages: keyword arguments of `TrainingArguments`, per stage.
 
-Chosen so that both stages together take about half a minute on one core, nearly every question that was finetuned on
-is answered right, and what was pretrained survives the finetuning. Two things decide the latter: a high pretraining
-learning rate behind a warmup (at 3e-3 without one, finetuning wipes a third of the facts, at 5e-3 with it a tenth),
-and a gentle finetuning (1e-3 instead of 3e-4 wipes most).
+Both stages take well under a minute on one core. Over seeds 0, 1 and 2, greedy decoding then answers all 124 questions
+of finetuning right, 16 to 25 of the 124 about the other countries, and still completes 209 to 229 of the 248 sentences
+`"The capital of ... is"`.
+
+Two choices keep the sentences from being forgotten (seed 0, of the 248): a high pretraining learning rate behind a
+warmup (229; at 3e-3 without one 175), and a gentle finetuning (at 1e-3 169).
 """
 
 from typing import Any

@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 
 from ..errors import RecordError
 from .names import canonical_name
+from .momentum import applied_learning_rate
 from .optimizers import sgd_preconditioner
 from .steps import StepTable
 from .stored_rows import read_rows
@@ -113,6 +114,21 @@ class SegmentRecord:
     def row_weights(self) -> np.ndarray:
         """float64 `[num_rows]`: sum over the row's visits in the segment of `eta c / normalizer`."""
         visits = self.stage.steps().visits(self.first_step, self.end_step)
+        return np.bincount(visits["row"], weights=visits["weight"], minlength=self.stage.num_rows)
+
+    def applied_weights(self) -> np.ndarray:
+        """float64 `[num_rows]`: the rows' weights in the segment's updates, momentum included (see `momentum.py`).
+
+        Like `row_weights`, with the learning rate that really applied each gradient: gradients of earlier segments
+        that momentum still carries count here, and what this segment's momentum carries on counts later.
+        """
+        steps = self.stage.steps()
+        group = next(group for group in self.stage.optimizer["groups"] if group["parameters"])
+        rates = applied_learning_rate(
+            group, steps.reference_learning_rate, steps.skipped, self.first_step, self.end_step
+        )
+        first = int(np.argmax(rates > 0))
+        visits = steps.visits(first, self.end_step, rates * steps.clip_factor[: self.end_step])
         return np.bincount(visits["row"], weights=visits["weight"], minlength=self.stage.num_rows)
 
     def num_visits(self) -> np.ndarray:

@@ -74,8 +74,14 @@ class StepTable:
         """The micro-batches of every step."""
         return [[MicroBatch(**batch) for batch in step] for step in self._table["micro_batches"].to_pylist()]
 
-    def visits(self, first_step: int = 0, end_step: int | None = None) -> dict[str, np.ndarray]:
+    def visits(
+        self, first_step: int = 0, end_step: int | None = None, rate: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
         """Every time a row was trained on, as flat arrays, without a Python object per row.
+
+        Args:
+            first_step, end_step: steps wanted.
+            rate: float64, by step; used in the weights instead of `eta c`.
 
         Returns:
             `row` and `step` (int64 `[visits]`), and `weight` (float64 `[visits]`): `eta c / normalizer`.
@@ -83,7 +89,8 @@ class StepTable:
         batches, step_of_batch = self._batches(first_step, len(self) if end_step is None else end_step)
         rows = batches.field("rows")
         batch_of_row = np.repeat(np.arange(len(batches)), rows.value_lengths().to_numpy())
-        weight = self.effective_learning_rate[step_of_batch] / batches.field("normalizer").to_numpy()
+        rate = self.effective_learning_rate if rate is None else rate
+        weight = rate[step_of_batch] / batches.field("normalizer").to_numpy()
         return {
             "row": rows.flatten().to_numpy(),
             "step": step_of_batch[batch_of_row],

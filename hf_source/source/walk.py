@@ -16,7 +16,8 @@
 Starting from `q = grad f_q(theta_T)`, each segment, last to first, turns `q` into a scoring vector `x = F_r^T q` for
 the rows it visited and into the `q` of the segment before (Bae et al. 2024, arXiv 2405.12186, equation 16; several
 stages are more segments of the same run). A row's score in a segment is `w_m / s <x, grad l_m>` with `w_m` the summed
-`learning rate x clip factor / loss items of the batch` of its real visits: the paper's `1 / N` when visits are uniform.
+`learning rate x clip factor / loss items of the batch` of its real visits: the paper's `1 / N` when visits are
+uniform. With `momentum`, the learning rate of a visit is that of the updates which its gradient really entered.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,6 +49,7 @@ class WalkSettings:
         device: where the model runs.
         seed: of the sampled rows and labels.
         share: `(process index, number of processes)`; each process scores its share of the rows.
+        momentum: weigh each visit by the updates that applied its gradient, rather than by the step that took it.
         progress: wraps an iterable with a description, e.g. in a progress bar.
     """
 
@@ -58,6 +60,7 @@ class WalkSettings:
     device: torch.device = torch.device("cpu")
     seed: int = 0
     share: tuple[int, int] = (0, 1)
+    momentum: bool = False
     progress: Callable[[Sequence, str], Any] = lambda items, description: items
 
 
@@ -139,6 +142,8 @@ def _through_segment(segment, stage, rows, gradients, vectors, scores, settings)
     seed = settings.seed + 7919 * segment.index
     sample = draw_sample(rows, weights, gradients, settings, seed, segment.objective_scale())
     scoring, vectors = settings.curvature.propagate(vectors, flow, sample)
+    if settings.momentum:
+        weights = segment.applied_weights()
     title = f"scoring {stage.name}, segment {segment.index + 1}"
     visited = np.flatnonzero(weights)
     for numbers in settings.progress(rows.batches(visited)[settings.share[0] :: settings.share[1]], title):

@@ -174,6 +174,9 @@ def test_counts_are_the_expected_ones_rounded_up_or_down():
         total += counts
     # A count varies by less than 1, so its mean over 2,000 seeds by a standard error of at most 0.5 / sqrt(2000).
     assert (abs(total / 2000 - expected) < 4.5 * 0.5 / np.sqrt(2000)).all()
+    # With few rows a random order alone would not be enough: the middle of the larger one would always be hit.
+    drawn = [int(systematic_sample(np.array([0.3, 0.7]), 1, seed)[0]) for seed in range(2000)]
+    assert abs(np.mean(drawn) - 0.7) < 4.5 * 0.5 / np.sqrt(2000)
 
 
 def test_any_two_rows_may_be_drawn_together():

@@ -1,0 +1,66 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""When a gradient really moves the weights: momentum spreads it over the steps that follow.
+
+The update of step `j` holds the share `kappa(j, k)` of the gradient of step `k <= j`:
+
+- Adam, AdamW: `(1 - beta1) beta1^(j - k) / (1 - beta1^t)` with `t` the number of updates made by then. The bias
+  correction gives the first gradients several times the weight of later ones, and what training's end cuts off from
+  the last gradients is lost.
+- SGD with momentum `beta`: `(1 - beta) beta^(j - k)`, in units of `P = (1 - dampening) / (1 - beta)`; Nesterov adds the
+  new gradient once more.
+
+So a visit's weight in a segment is `c_k / N_k * sum over steps j of the segment of eta_j kappa(j, k)`, which is
+`eta_k c_k / N_k` without momentum. In short runs the difference decides the ranking of rows.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+# Shares of a gradient below this are rounding.
+_NEGLIGIBLE = 1e-9
+
+
+def applied_learning_rate(
+    group: Mapping[str, Any], learning_rate: np.ndarray, skipped: np.ndarray, first_step: int, end_step: int
+) -> np.ndarray:
+    """Learning rate with which each step's gradient is applied by the updates of a segment.
+
+    Args:
+        group: constants of the optimizer's (first) group.
+        learning_rate: `eta`, float64 `[steps]`.
+        skipped: bool `[steps]`; a skipped step leaves the momentum as it is.
+        first_step, end_step: the segment's updates, `first_step <= j < end_step`.
+
+    Returns:
+        `sum over j of eta_j kappa(j, k)`, float64 `[end_step]`: for the segment's own steps and those before it.
+    """
+    beta = group["betas"][0] if group["betas"] is not None else group["momentum"] or 0.0
+    made = np.cumsum(~skipped[:end_step])
+    shares = np.where(skipped[:end_step], 0.0, learning_rate[:end_step]) * (1 - beta)
+    if group["betas"] is not None:
+        shares = shares / -np.expm1(np.maximum(made, 1) * np.log(beta)) if beta else shares
+    shares[:first_step] = 0.0
+    result, carried = np.zeros(end_step), 0.0
+    for step in range(end_step - 1, -1, -1):
+        if skipped[step]:
+            continue
+        carried = shares[step] + beta * carried
+        result[step] = shares[step] + beta * carried if group.get("nesterov") else carried
+        if step < first_step and carried < _NEGLIGIBLE * shares.max():
+            break
+    return result
