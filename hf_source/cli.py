@@ -69,14 +69,18 @@ Stage = Annotated[str | None, typer.Option(help="Stage whose rows are scored (ne
 DatasetPath = Annotated[
     str | None, typer.Option(help="The stage's dataset, as it was trained on. By default the rows in the record.")
 ]
-MethodOption = Annotated[Method, typer.Option(help="How rows are scored.")]
-CurvatureOption = Annotated[CurvatureName, typer.Option(help="Curvature of Source: `joint` is the most accurate.")]
-NumSamples = Annotated[int, typer.Option(help="Sampled gradients per segment: accuracy against time and memory.")]
+# Not given means: as the recipe says, or by default as SourceAttributor does.
+MethodOption = Annotated[Method | None, typer.Option(help="How rows are scored.", show_default="source")]
+CurvatureOption = Annotated[
+    CurvatureName | None, typer.Option(help="Curvature of Source: `joint` is the most accurate.", show_default="joint")
+]
+SAMPLES_HELP = "Sampled gradients per segment: accuracy against time and memory."
+NumSamples = Annotated[int | None, typer.Option(help=SAMPLES_HELP, show_default="1024")]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", help="Any other setting of SourceAttributor as key=value, e.g. seed=1; repeatable."),
 ]
-Recipe = Annotated[Path | None, typer.Option(help="YAML file with settings of SourceAttributor; --set overrides it.")]
+Recipe = Annotated[Path | None, typer.Option(help="YAML file with settings of SourceAttributor; options override it.")]
 
 
 @contextmanager
@@ -100,14 +104,26 @@ def _escaped(text: str) -> str:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the record, datasets, page and summary.")] = Path("runs/demo"),
-    num_samples: NumSamples = 512,
+    num_samples: Annotated[int, typer.Option(help=SAMPLES_HELP)] = 512,
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    export: Annotated[
+        Path | None,
+        typer.Option(
+            help="Only write rows, queries and tokenizer to this folder, for `train` to take.", metavar="FOLDER"
+        ),
+    ] = None,
 ) -> None:
     """Train a small model on facts about countries in two stages, let it answer, and show which rows made it.
 
     Runs on a CPU in about two minutes, with no network: the facts come with the package `countryinfo`.
     """
     with friendly_errors():
+        if export is not None:
+            from .demo.export import export_demo
+
+            for path in export_demo(export):
+                typer.echo(f"Wrote {path}.")
+            return
         from .demo.run import run_demo
 
         run_demo(out, num_samples=num_samples, seed=seed)
@@ -154,7 +170,10 @@ def generate(
             prompts += [line for line in _read_text(prompts_file).splitlines() if line]
         if not prompts:
             raise ConfigError("There is no prompt: give --prompt (repeatable) or --prompts-file.")
+        if out.suffix != ".jsonl":
+            raise ConfigError(f"--out {out}: end the name in .jsonl, so that --queries can read it.")
         queries = _attributor(record, None, [], {}).generate(prompts, max_new_tokens=max_new_tokens)
+        out.parent.mkdir(parents=True, exist_ok=True)
         queries.to_dataset().to_json(str(out))
         for _, text, completion in queries:
             typer.echo(f"{text}{completion}")
@@ -169,9 +188,9 @@ def plan(
     completion: Completions = None,
     stage: Stage = None,
     dataset: DatasetPath = None,
-    method: MethodOption = Method.source,
-    curvature: CurvatureOption = CurvatureName.joint,
-    num_samples: NumSamples = 1024,
+    method: MethodOption = None,
+    curvature: CurvatureOption = None,
+    num_samples: NumSamples = None,
     max_new_tokens: MaxNewTokens = 32,
     recipe: Recipe = None,
     settings: Settings = None,
@@ -192,9 +211,9 @@ def attribute(
     completion: Completions = None,
     stage: Stage = None,
     dataset: DatasetPath = None,
-    method: MethodOption = Method.source,
-    curvature: CurvatureOption = CurvatureName.joint,
-    num_samples: NumSamples = 1024,
+    method: MethodOption = None,
+    curvature: CurvatureOption = None,
+    num_samples: NumSamples = None,
     max_new_tokens: MaxNewTokens = 32,
     recipe: Recipe = None,
     settings: Settings = None,
@@ -223,9 +242,9 @@ def top(
     k: Annotated[int, typer.Option("-k", help="Rows per query, stage and direction.")] = 5,
     opposing: Annotated[bool, typer.Option(help="Also show the rows that speak against it.")] = True,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write an HTML page.")] = None,
-    method: MethodOption = Method.source,
-    curvature: CurvatureOption = CurvatureName.joint,
-    num_samples: NumSamples = 1024,
+    method: MethodOption = None,
+    curvature: CurvatureOption = None,
+    num_samples: NumSamples = None,
     max_new_tokens: MaxNewTokens = 32,
     recipe: Recipe = None,
     settings: Settings = None,
@@ -248,27 +267,30 @@ def top(
             typer.echo(f"Wrote {out}.")
 
 
-def _named(method: Method, curvature: CurvatureName, num_samples: int) -> dict[str, Any]:
-    return {"method": method.value, "curvature": curvature.value, "num_samples": num_samples}
+def _named(method: Method | None, curvature: CurvatureName | None, num_samples: int | None) -> dict[str, Any]:
+    """The options that were given."""
+    named = {"method": method and method.value, "curvature": curvature and curvature.value, "num_samples": num_samples}
+    return {key: value for key, value in named.items() if value is not None}
 
 
 def _attributor(record: str, recipe: Path | None, overrides: list[str] | None, named: dict[str, Any]) -> Any:
-    """The attributor, with settings from the recipe, then the command's options, then `--set`."""
+    """The attributor, with settings from the recipe, then the options given on the command line, then `--set`."""
     import inspect
 
-    import yaml
-
     from . import SourceAttributor
-    from .recipes import apply_override
+    from .recipes import apply_override, read_settings
 
-    settings: dict[str, Any] = (yaml.safe_load(_read_text(recipe)) or {}) if recipe is not None else {}
-    settings = {**named, **settings}
+    settings = {**(read_settings(recipe) if recipe is not None else {}), **named}
     for override in overrides or []:
         apply_override(settings, override)
-    known = set(inspect.signature(SourceAttributor.__init__).parameters) - {"self", "record"}
-    unknown = sorted(set(settings) - known)
-    if unknown:
-        raise ConfigError(f"{unknown[0]!r} is not a setting of SourceAttributor; it has {', '.join(sorted(known))}.")
+    # Objects such as a dataset or a task cannot be written on a command line.
+    parameters = inspect.signature(SourceAttributor.__init__).parameters.values()
+    known = {p.name: p.default for p in parameters if isinstance(p.default, (str, int))}
+    for key, value in settings.items():
+        if key not in known:
+            raise ConfigError(f"{key!r} is not a setting of SourceAttributor; it has {', '.join(sorted(known))}.")
+        if type(value) is not type(known[key]):
+            raise ConfigError(f"{key}={value!r} should be of type {type(known[key]).__name__}, e.g. {known[key]!r}.")
     return SourceAttributor.from_record(record, **settings)
 
 

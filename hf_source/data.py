@@ -51,8 +51,8 @@ def dataset_kind(column_names: Sequence[str]) -> str:
     if "text" in columns:
         return "text"
     raise DataError(
-        f"The dataset has columns {sorted(columns)}, none of which hf_source can read as rows. Give it a `text` column, "
-        "`prompt` and `completion` columns, or tokenise it yourself to `input_ids` (and `labels`)."
+        f"The dataset has columns {sorted(columns)}, none of which hf_source can read as rows. Give it a `text` "
+        "column, `prompt` and `completion` columns, or tokenise it yourself to `input_ids` (and `labels`)."
     )
 
 
@@ -133,6 +133,33 @@ def prepare_rows(
     return dataset.map(encode, batched=True, desc="Tokenizing rows", new_fingerprint=fingerprint.hexdigest())
 
 
+def refuse_long_rows(dataset: Dataset, context_length: int | None) -> None:
+    """Refuse token rows that are longer than the model's context, before an embedding lookup fails on them.
+
+    Args:
+        dataset: rows from [`prepare_rows`].
+        context_length: tokens the model takes; `None` if it has no limit.
+
+    Raises:
+        DataError: naming the longest row and the fix.
+    """
+    if (
+        context_length is None or not len(dataset) or dataset.format["type"] == "custom"
+    ):  # a transform may shorten rows
+        return
+    batches = dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=4096)
+    lengths = np.concatenate([np.asarray(pc.list_value_length(batch["input_ids"])) for batch in batches])
+    num_long = int((lengths > context_length).sum())
+    if num_long:
+        longest = int(lengths.argmax())
+        number = dataset.with_format(None)[longest].get(ROW, longest)
+        raise DataError(
+            f"Row {number} has {lengths[longest]} tokens, the model's context holds {context_length} ({num_long} of "
+            f"{len(dataset)} rows are too long): set `max_length={context_length}` to cut raw text, or shorten the "
+            "rows (`input_ids` and `labels` alike) yourself."
+        )
+
+
 def tokenizer_digest(processing_class: PreTrainedTokenizerBase) -> str:
     """Hash of what a tokenizer does: its serialised model for a fast one, its vocabulary otherwise."""
     if getattr(processing_class, "is_fast", False):
@@ -172,7 +199,8 @@ def content_fingerprint(dataset: Dataset | Sequence[Mapping[str, Any]]) -> str:
 
 
 def _hash_column(digest: Any, column: pa.Array) -> None:
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type):
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if any(is_kind(column.type) for is_kind in lists):
         digest.update(np.asarray(pc.list_value_length(column), dtype=np.int64).tobytes())
         column = column.flatten()
     digest.update(np.ascontiguousarray(column.to_numpy(zero_copy_only=False).astype(np.int64)).tobytes())
@@ -188,7 +216,8 @@ class CausalLMCollator:
         processing_class: tokenizer, for its padding id (its end-of-sequence id, then 0, where it has none).
 
     Returns (when called on a list of rows):
-        `input_ids`, `attention_mask`, `labels`, each int64 `[rows, tokens]`; `source_row` int64 `[rows]` if rows have it.
+        `input_ids`, `attention_mask`, `labels`, each int64 `[rows, tokens]`; `source_row` int64 `[rows]` where rows
+        have it.
     """
 
     def __init__(self, processing_class: PreTrainedTokenizerBase | None = None) -> None:
@@ -197,8 +226,12 @@ class CausalLMCollator:
         self.pad_token_id = pad if pad is not None else eos if eos is not None else 0
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Pad rows to the longest of them."""
         input_ids = [_as_ids(row["input_ids"]) for row in rows]
-        labels = [_as_ids(row["labels"]) if row.get("labels") is not None else ids for row, ids in zip(rows, input_ids, strict=True)]
+        labels = [
+            ids if row.get("labels") is None else _as_ids(row["labels"])
+            for row, ids in zip(rows, input_ids, strict=True)
+        ]
         batch = {
             "input_ids": _pad(input_ids, self.pad_token_id),
             "attention_mask": _pad([torch.ones_like(ids) for ids in input_ids], 0),

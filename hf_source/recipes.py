@@ -13,14 +13,17 @@
 # limitations under the License.
 """Recipes: a training stage as a YAML file, with overrides from the command line.
 
-    model: gpt2                          # Hub id, folder, or a training record (its last stage goes on)
-    model_config: {model_type: gpt2, n_layer: 2, n_embd: 96}   # instead of `model`: from scratch
-    tokenizer: gpt2                      # by default the model's
-    dataset: {path: csv, data_files: facts.csv, split: train}  # arguments of datasets.load_dataset
-    peft: {r: 8, target_modules: [c_attn]}                     # arguments of peft.LoraConfig
-    training: {output_dir: out/sft, record_dir: runs/capitals, stage: sft, learning_rate: 1.0e-4}   # SourceConfig
+```yaml
+model: gpt2                          # Hub id, folder, or a training record (its last stage goes on)
+model_config: {model_type: gpt2, n_layer: 2, n_embd: 96}   # instead of `model`: from scratch
+tokenizer: gpt2                      # by default the model's
+dataset: {path: csv, data_files: facts.csv, split: train}  # arguments of datasets.load_dataset, or a file
+peft: {r: 8, target_modules: [c_attn]}                     # arguments of peft.LoraConfig
+training: {output_dir: out/sft, record_dir: runs/capitals, stage: sft, learning_rate: 1.0e-4}   # SourceConfig
+```
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -33,6 +36,8 @@ from .errors import ConfigError
 
 KEYS = ("model", "model_config", "tokenizer", "dataset", "peft", "training")
 
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a YAML recipe and apply `key.subkey=value` overrides.
@@ -40,28 +45,45 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     Raises:
         ConfigError: if the file is missing or not a mapping, a key is unknown, or an override has no `=`.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"There is no recipe {path}: give the path of a YAML file.")
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(recipe, dict):
-        raise ConfigError(f"{path} holds no settings: write `key: value` lines, e.g. `model: gpt2`.")
+    recipe = read_settings(path)
     for override in overrides:
         apply_override(recipe, override)
     unknown = sorted(set(recipe) - set(KEYS))
     if unknown:
         raise ConfigError(f"{path} has the unknown key {unknown[0]!r}; a training recipe has {', '.join(KEYS)}.")
+    for key in ("model_config", "peft", "training"):
+        if recipe.get(key) is not None and not isinstance(recipe[key], dict):
+            raise ConfigError(f"{path}: `{key}` holds a single value; write its settings as `name: value` lines.")
     return recipe
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file of settings.
+
+    Raises:
+        ConfigError: if the file is missing, not YAML or not a mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"There is no recipe {path}: give the path of a YAML file.")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {_one_line(error)}") from error
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        raise ConfigError(f"{path} holds no settings: write `key: value` lines, e.g. `model: gpt2`.")
+    return settings
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def apply_override(settings: dict[str, Any], override: str) -> None:
     """Set `a.b=value` in nested settings; the value is read as YAML.
 
     Raises:
-        ConfigError: if there is no `=`, or `a` is not a mapping.
+        ConfigError: if there is no `=`, the value is not YAML, or `a` is not a mapping.
     """
     key, equals, value = override.partition("=")
     if not equals or not key:
@@ -71,18 +93,15 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
         settings = settings.setdefault(parent, {})
         if not isinstance(settings, dict):
             raise ConfigError(f"Override {override!r}: {parent!r} holds a single value, not settings of its own.")
-    settings[last] = read_value(value)
+    try:
+        settings[last] = read_number(yaml.safe_load(value))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Override {override!r} has a value that is not valid YAML: quote it.") from error
 
 
-def read_value(text: str) -> Any:
-    """A value as YAML reads it, and `1e-4` as the number people mean by it."""
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+def read_number(value: Any) -> Any:
+    """`1e-4` as the number people mean by it: YAML 1.1 reads it as text, for want of a dot."""
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
 
 
 def train_from_recipe(recipe: Mapping[str, Any]) -> Path:
@@ -94,6 +113,8 @@ def train_from_recipe(recipe: Mapping[str, Any]) -> Path:
     Raises:
         ConfigError: if the recipe lacks something or a setting is unknown.
     """
+    from transformers import set_seed
+
     from .recording import SourceConfig, SourceTrainer
 
     for key in ("dataset", "training"):
@@ -103,18 +124,15 @@ def train_from_recipe(recipe: Mapping[str, Any]) -> Path:
     unknown = sorted(set(recipe["training"]) - known)
     if unknown:
         raise ConfigError(f"training.{unknown[0]} is not a setting of SourceConfig (or TrainingArguments).")
-    args = SourceConfig(**{key: _number(value) for key, value in recipe["training"].items()})
+    try:
+        args = SourceConfig(**{key: read_number(value) for key, value in recipe["training"].items()})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"The `training` settings do not fit together: {_one_line(error)}") from error
+    set_seed(args.seed)  # the weights of a model from scratch, and of adapters
     model, tokenizer = load_model(recipe)
-    trainer = SourceTrainer(
-        model, args, train_dataset=load_rows(recipe["dataset"]), processing_class=tokenizer
-    )
+    trainer = SourceTrainer(model, args, train_dataset=load_rows(recipe["dataset"]), processing_class=tokenizer)
     trainer.train()
     return Path(args.record_dir)
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads `1e-4` (no dot) as text."""
-    return read_value(value) if isinstance(value, str) and value[:1].isdigit() else value
 
 
 def load_model(recipe: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -123,6 +141,7 @@ def load_model(recipe: Mapping[str, Any]) -> tuple[Any, Any]:
     Raises:
         ConfigError: if neither or both of `model` and `model_config` are given, or a scratch model has no tokenizer.
     """
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     source, config = recipe.get("model"), recipe.get("model_config")
@@ -131,7 +150,7 @@ def load_model(recipe: Mapping[str, Any]) -> tuple[Any, Any]:
     if config:
         if not recipe.get("tokenizer") or "model_type" not in config:
             raise ConfigError("A model from scratch needs `tokenizer`, and `model_type` in `model_config`.")
-        tokenizer = AutoTokenizer.from_pretrained(recipe["tokenizer"])
+        tokenizer = _pretrained(AutoTokenizer, recipe["tokenizer"])
         settings = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, **config}
         settings |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
         model_type = settings.pop("model_type")
@@ -141,16 +160,27 @@ def load_model(recipe: Mapping[str, Any]) -> tuple[Any, Any]:
 
         record = TrainingRecord.load(source)
         model = record.stages[-1].build_model()
-        tokenizer = AutoTokenizer.from_pretrained(recipe["tokenizer"]) if recipe.get("tokenizer") else None
+        tokenizer = _pretrained(AutoTokenizer, recipe["tokenizer"]) if recipe.get("tokenizer") else None
         tokenizer = tokenizer or record.processing_class()
     else:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.get("tokenizer") or source)
-        model = AutoModelForCausalLM.from_pretrained(source)
+        tokenizer = _pretrained(AutoTokenizer, recipe.get("tokenizer") or source)
+        # Checkpoints are often bfloat16, in which small updates would round away.
+        model = _pretrained(AutoModelForCausalLM, source, dtype=torch.float32)
     if recipe.get("peft"):
         from peft import LoraConfig, get_peft_model
 
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **recipe["peft"]))
     return model, tokenizer
+
+
+def _pretrained(kind: Any, source: str, **settings: Any) -> Any:
+    """`kind.from_pretrained`, with one line where nothing is found."""
+    if not Path(source).exists() and str(source).count("/") != 1 and "/" in str(source):
+        raise ConfigError(f"There is no folder {source}: give a folder that exists, or a Hub id such as gpt2.")
+    try:
+        return kind.from_pretrained(source, **settings)
+    except OSError as error:
+        raise ConfigError(f"{source} is no model or tokenizer that can be loaded: {_one_line(error)}") from error
 
 
 def load_rows(source: str | Mapping[str, Any]) -> Any:
@@ -160,9 +190,10 @@ def load_rows(source: str | Mapping[str, Any]) -> Any:
         source: a path or Hub id, or arguments of `datasets.load_dataset`.
 
     Raises:
-        ConfigError: if it has several splits and none is chosen, or a file is missing.
+        ConfigError: if it has several splits and none is chosen, or it is missing or cannot be read.
     """
     from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetGenerationError
 
     kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     if isinstance(source, (str, Path)):
@@ -170,11 +201,15 @@ def load_rows(source: str | Mapping[str, Any]) -> Any:
         if path.suffix in kinds:
             if not path.is_file():
                 raise ConfigError(f"There is no file {path}.")
-            return load_dataset(kinds[path.suffix], data_files=str(path), split="train")
-        if (path / "dataset_info.json").is_file() or (path / "state.json").is_file():
+            source = {"path": kinds[path.suffix], "data_files": str(path), "split": "train"}
+        elif (path / "dataset_info.json").is_file() or (path / "state.json").is_file():
             return load_from_disk(str(path))
-        source = {"path": str(source), "split": "train"}
-    dataset = load_dataset(**source)
+        else:
+            source = {"path": str(source), "split": "train"}
+    try:
+        dataset = load_dataset(**source)
+    except (OSError, ValueError, DatasetGenerationError) as error:
+        raise ConfigError(f"The dataset {source} cannot be read: {_one_line(error.__cause__ or error)}") from error
     if isinstance(dataset, DatasetDict):
         raise ConfigError(f"The dataset has the splits {list(dataset)}: choose one with `dataset.split`.")
     return dataset

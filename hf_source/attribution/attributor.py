@@ -14,6 +14,7 @@
 """`SourceAttributor`: from a training record and a text to scores of every training row."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,9 @@ class SourceAttributor:
             DataError: if a prompt is empty or leaves no room for the completion.
         """
         if self.processing_class is None:
-            raise DataError("The record holds no tokenizer: train with `processing_class=`, or use Queries.from_dataset.")
+            raise DataError(
+                "The record holds no tokenizer: train with `processing_class=`, or use Queries.from_dataset."
+            )
         prompts = [self._prompt_text(prompt) for prompt in prompts]
         model = self.build_model(self.record.stages[-1])
         rows: list[dict[str, list[int]]] = []
@@ -317,7 +320,9 @@ class SourceAttributor:
         scores = self.scores(dataset, queries, stage)
         return scores if return_scores else add_score_columns(rows.given, scores, queries.names)
 
-    def top(self, queries: Queries, k: int = 10, opposing: bool = True, stages: Iterable[str] | None = None) -> Dataset:
+    def top(
+        self, queries: Queries, k: int = 10, opposing: bool = True, stages: Iterable[str] | None = None
+    ) -> Dataset:
         """The rows of every stage that say most about each query, as one long table.
 
         Args:
@@ -332,10 +337,11 @@ class SourceAttributor:
         wanted = [self.record.stage(name) for name in (stages or [stage.name for stage in self.record.stages])]
         parts = []
         for stage in wanted:
-            self.rows(stage)
+            rows = self.rows(stage)
             scores = self._stage_scores(stage, queries.encode(self.processing_class, self.context_length))
-            text = lambda row, rows=self.rows(stage): rows.text(row, self.processing_class)  # noqa: E731
-            parts.append((stage.name, scores, text))
+            text = partial(rows.text, processing_class=self.processing_class)
+            # Rows that the Trainer filtered out have a number, but no score.
+            parts.append((stage.name, scores[:, rows.numbers], rows.numbers, text))
         return top_table(parts, queries.names, k, opposing)
 
     def plan(self, dataset: Dataset | None, queries: Queries, stage: str | None = None) -> Plan:

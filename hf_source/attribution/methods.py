@@ -76,8 +76,8 @@ def _final_gradients(attributor: "SourceAttributor", queries: Queries, cosine: b
             dots = score_rows(gradients, batch, vectors)
             scores[:, numbers] = dots / _row_norms(gradients, batch) if cosine else dots
         if cosine:
-            norms = torch.stack([vector.flatten(1).square().sum(dim=1) for vector in vectors.values()]).sum(dim=0).sqrt()
-            scores /= norms.cpu().clamp_min(1e-30).numpy()[:, None]
+            squares = torch.stack([vector.flatten(1).square().sum(dim=1) for vector in vectors.values()])
+            scores /= squares.sum(dim=0).sqrt().cpu().clamp_min(1e-30).numpy()[:, None]
         yield stage, scores
 
 

@@ -132,7 +132,8 @@ def _memory(attributor: "SourceAttributor", sizes: list[int], element: int, num_
     total = sum(sizes) * element
     memory = {"model": total, "query vectors": 3 * num_queries * total}
     if isinstance(attributor.curvature, JointCurvature):
-        columns = min(attributor.num_samples * total, max(attributor.memory_budget, attributor.num_samples * max(sizes) * element))
+        largest = attributor.num_samples * max(sizes) * element  # one parameter's columns are never split
+        columns = min(attributor.num_samples * total, max(attributor.memory_budget, largest))
         memory["sample columns"] = 2 * columns
         memory["sample space"] = 4 * 8 * attributor.num_samples**2
     return memory

@@ -32,7 +32,7 @@ class Queries:
         names: one per query; the score column is `source_<name>`.
         prompts: what comes before the completion; it is not asked about.
         completions: the text to explain.
-        rows: token rows (`input_ids`, `labels` with -100 where nothing is asked), or `None` until a tokenizer is known.
+        rows: token rows (`input_ids`, `labels` with -100 where nothing is asked); `None` until a tokenizer is known.
     """
 
     names: list[str]
@@ -77,9 +77,7 @@ class Queries:
         return queries
 
     @classmethod
-    def from_dataset(
-        cls, dataset: Dataset, processing_class: PreTrainedTokenizerBase | None = None
-    ) -> "Queries":
+    def from_dataset(cls, dataset: Dataset, processing_class: PreTrainedTokenizerBase | None = None) -> "Queries":
         """Queries from tokenised rows: `input_ids`, `labels` (-100 = not asked), optional `attention_mask` and `name`.
 
         Args:
@@ -111,7 +109,9 @@ class Queries:
         rows = self.rows
         if rows is None:
             if processing_class is None:
-                raise DataError("Text queries need a tokenizer: pass `processing_class=` or Queries.from_dataset rows.")
+                raise DataError(
+                    "Text queries need a tokenizer: pass `processing_class=`, or use Queries.from_dataset."
+                )
             encoded = [
                 encode_completion(processing_class, prompt, completion)
                 for prompt, completion in zip(self.prompts, self.completions, strict=True)

@@ -94,6 +94,7 @@ class StageRows:
                         f"rows now have {counted}: the Trainer's collator masked labels differently. Pass it with "
                         "`data_collator=`, and give the dataset a `labels` column with the same masking."
                     )
+        self.items = items
 
     def batches(self, rows: Iterable[int]) -> list[np.ndarray]:
         """Row numbers cut into batches of similar length under the token budget."""
@@ -111,8 +112,10 @@ class StageRows:
         return collate(self.collate, take_rows(self.dataset, self.positions[np.asarray(rows)]), device)
 
     def shortest(self, count: int) -> list[int]:
-        """A few short rows of different length: enough to compare every gradient rule with autograd."""
+        """A few short rows of different length, with loss items: enough to compare gradient rules with autograd."""
         order = self.numbers[np.argsort(self.lengths[self.numbers], kind="stable")]
+        asked = order[self.items[order] > 0]
+        order = asked if len(asked) else order
         places = np.linspace(0, len(order) // 2, count).astype(int)
         return [int(row) for row in order[places]]
 

@@ -114,8 +114,10 @@ def _plus(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
 
 
 def eigenvectors(moment: torch.Tensor | None) -> torch.Tensor | None:
-    """Eigenvectors of a symmetric second moment, computed in float64: repeated eigenvalues and ranks far below the
-    size are the rule here, and float32 solvers are known to fail on them. `None` stays `None`.
+    """Eigenvectors of a symmetric second moment; `None` stays `None`.
+
+    Computed in float64: repeated eigenvalues and ranks far below the size are the rule here, and float32 solvers are
+    known to fail on them.
     """
     if moment is None:
         return None

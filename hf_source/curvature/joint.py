@@ -202,4 +202,3 @@ class JointCurvature:
 def _common_rate(flow: Flow, name: str) -> float:
     decay = flow.decay[name]
     return 0.0 if decay.dim() else float(decay)
-

@@ -28,8 +28,9 @@ Vectors = dict[str, torch.Tensor]
 
 
 class IdentityCurvature:
-    """No curvature, `H = 0`: preconditioned gradient dot products summed along training (TracIn-like: Pruthi et al.
-    2020, arXiv 2002.08484), with weight decay.
+    """No curvature, `H = 0`: preconditioned gradient dot products summed along training, with weight decay.
+
+    TracIn-like: Pruthi et al. 2020, arXiv 2002.08484.
     """
 
     def propagate(self, vectors: Vectors, flow: Flow, sample: FisherSample | None = None) -> tuple[Vectors, Vectors]:
@@ -132,7 +133,9 @@ def flatten(vectors: Vectors) -> torch.Tensor:
 def unflatten(matrix: torch.Tensor, like: Vectors) -> Vectors:
     """Inverse of `flatten`, with shapes and dtypes of `like`."""
     parts = matrix.split([vector[0].numel() for vector in like.values()], dim=1)
-    return {name: part.reshape(vector.shape).to(vector) for (name, vector), part in zip(like.items(), parts)}
+    return {
+        name: part.reshape(vector.shape).to(vector) for (name, vector), part in zip(like.items(), parts, strict=True)
+    }
 
 
 def _flat_constants(constants, vectors: Vectors) -> torch.Tensor:

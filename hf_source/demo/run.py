@@ -11,8 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The demo from end to end: train two recorded stages, let the model answer, show the rows behind each answer, and
-measure how often the row that states the fact comes out on top.
+"""The demo from end to end.
+
+Train two recorded stages, let the model answer, show the rows behind each answer, and measure how often the row that
+states the fact comes out on top.
 """
 
 import json
@@ -68,11 +70,12 @@ def run_demo(out: Path, num_samples: int = 512, seed: int = 0, console: Console 
     attributor = make_attributor(out, "source", num_samples, seed)
     asked = queries(facts)
     said = attributor.generate(asked["prompt"], max_new_tokens=16, names=asked["name"])
-    right = [i for i, (text, fact) in enumerate(zip(said.completions, asked["answer"], strict=True)) if is_right(text, fact)]
-    in_sft = [i for i in range(len(asked)) if asked[i]["sft_row"] is not None]
+    right = [i for i, text in enumerate(said.completions) if is_right(text, asked[i]["answer"])]
+    in_sft = [i for i, row in enumerate(asked["sft_row"]) if row is not None]
+    right_in_sft = len(set(right) & set(in_sft))
     console.print(
-        f"{len(asked)} questions, {len(right)} right answers: {len(set(right) & set(in_sft))} of the {len(in_sft)} countries "
-        f"that finetuning asks about, {len(set(right) - set(in_sft))} of the {len(asked) - len(in_sft)} that it does not"
+        f"{len(asked)} questions, {len(right)} right answers: {right_in_sft} of the {len(in_sft)} countries that "
+        f"finetuning asks about, {len(right) - right_in_sft} of the {len(asked) - len(in_sft)} that it does not"
     )
     num_right = min(len(right), MAX_QUERIES)
     chosen = [*right[:num_right], *[i for i in range(len(asked)) if i not in right][:1]]
@@ -86,8 +89,9 @@ def run_demo(out: Path, num_samples: int = 512, seed: int = 0, console: Console 
     print_top(console, answers.select(shown), top, marked=marked)
     for stage, dataset in datasets.items():
         scored = attributor.attribute(dataset, answers, stage)
-        scored.to_parquet(out / f"{stage}_scored.parquet")
-        console.print(f"\n{out / f'{stage}_scored.parquet'}: {describe_columns(scored, answers.names)}", highlight=False)
+        file = out / f"{stage}_scored.parquet"
+        scored.to_parquet(file)
+        console.print(f"\n{file}: {describe_columns(scored, answers.names)}", highlight=False)
 
     console.rule("4. Is the row that states the fact found?")
     summary = evaluate(attributor, answers, truth, num_right, out)
@@ -178,10 +182,11 @@ def evaluate(
     """Retrieval figures of every method on the right answers, which come first."""
     summary: dict[str, dict[str, dict[str, float]]] = {}
     for method in METHODS:
-        walker = attributor if method == "source" else make_attributor(out, method, attributor.num_samples, attributor.seed)
+        if method != "source":
+            attributor = make_attributor(out, method, attributor.num_samples, attributor.seed)
         summary[method] = {}
         for stage in ("sft", "pretrain"):
-            scores = walker.scores(None, answers, stage)[:num_right]
+            scores = attributor.scores(None, answers, stage)[:num_right]
             found = retrieval(scores, truth[f"{stage}_row"][:num_right])
             summary[method][stage] = found.to_dict()
         summary[method] = dict(reversed(summary[method].items()))

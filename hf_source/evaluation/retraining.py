@@ -168,7 +168,12 @@ def losses_of(
 
 
 def retrain_in_chunks(
-    stage: StageRecord, dataset: Any, keep: np.ndarray, rows: Sequence[Mapping[str, Any]], chunk: int = 16, **options: Any
+    stage: StageRecord,
+    dataset: Any,
+    keep: np.ndarray,
+    rows: Sequence[Mapping[str, Any]],
+    chunk: int = 16,
+    **options: Any,
 ) -> np.ndarray:
     """Losses of the query rows after retraining on every mask, a few copies at a time: float64 `[copies, rows]`."""
     parts = [

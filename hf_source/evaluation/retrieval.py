@@ -55,6 +55,4 @@ def retrieval(scores: np.ndarray, right_rows: Sequence[int | None]) -> Retrieval
     if not asked:
         raise ValueError("No query has a right row, so there is nothing to retrieve.")
     ranks = np.asarray([int((scores[query] >= scores[query, row]).sum()) for query, row in asked])
-    return Retrieval(
-        float((ranks <= 1).mean()), float((ranks <= 5).mean()), float((1 / ranks).mean()), len(ranks)
-    )
+    return Retrieval(float((ranks <= 1).mean()), float((ranks <= 5).mean()), float((1 / ranks).mean()), len(ranks))

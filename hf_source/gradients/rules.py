@@ -74,8 +74,10 @@ def embedding_weight(call: Call, rows: int) -> torch.Tensor:
 
 
 def norm_weight(call: Call, rows: int) -> torch.Tensor:
-    """A norm is affine in its scale, `y = scale * n(x) + ...` (or `(1 + scale) * n(x)`), so `n(x)` is the difference
-    of its outputs at scale 1 and 0 and `dscale = sum over tokens of dy * n(x)`; `[rows, hidden]`.
+    """Gradient of a norm's scale, `[rows, hidden]`: `dscale = sum over tokens of dy * n(x)`.
+
+    A norm is affine in its scale, `y = scale * n(x) + ...` (or `(1 + scale) * n(x)`), so `n(x)` is the difference of
+    its outputs at scale 1 and 0.
     """
     ones = {"weight": torch.ones_like(call.module.weight)}
     zeros = {"weight": torch.zeros_like(call.module.weight)}

@@ -72,7 +72,7 @@ def add_score_columns(dataset: Dataset, scores: np.ndarray, names: Sequence[str]
 
 
 def top_table(
-    stages: Sequence[tuple[str, np.ndarray, Callable[[int], str]]],
+    stages: Sequence[tuple[str, np.ndarray, np.ndarray, Callable[[int], str]]],
     names: Sequence[str],
     k: int,
     opposing: bool = True,
@@ -80,25 +80,26 @@ def top_table(
     """Long table of the strongest rows.
 
     Args:
-        stages: name, scores `[queries, rows]`, and the text of a row, per stage.
+        stages: per stage its name, scores `[queries, rows]`, the rows' numbers, and the text of a row by number.
         names: of the queries.
         k: rows per query, stage and direction.
-        opposing: include the most negative scores, ranked -1, -2, ...
+        opposing: include the most negative scores, ranked -1, -2, ...; a row is listed once, so a stage with fewer
+            than `2 k` rows has fewer of them.
 
     Returns:
         Columns `query`, `stage`, `row`, `rank`, `score`, `text`.
     """
     columns: dict[str, list] = {key: [] for key in ("query", "stage", "row", "rank", "score", "text")}
     for position, query in enumerate(names):
-        for stage, scores, text in stages:
+        for stage, scores, numbers, text in stages:
             order = np.argsort(-scores[position], kind="stable")
-            chosen = [(rank + 1, row) for rank, row in enumerate(order[:k])]
+            chosen = [(rank + 1, place) for rank, place in enumerate(order[:k])]
             if opposing:
-                chosen += [(-rank - 1, row) for rank, row in enumerate(order[::-1][:k])]
-            for rank, row in chosen:
-                for key, value in zip(
-                    columns, (query, stage, int(row), rank, scores[position, row], text(int(row))), strict=True
-                ):
+                chosen += [(-rank - 1, place) for rank, place in enumerate(order[k:][::-1][:k])]
+            for rank, place in chosen:
+                row = int(numbers[place])
+                found = (query, stage, row, rank, scores[position, place], text(row))
+                for key, value in zip(columns, found, strict=True):
                     columns[key].append(value)
     columns["score"] = np.asarray(columns["score"], dtype=np.float32)
     return Dataset.from_dict(columns)

@@ -72,11 +72,9 @@ def write_page(
     environment = Environment(
         loader=PackageLoader("hf_source.outputs"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    largest = max((abs(score) for score in top["score"]), default=1.0) or 1.0
     html = environment.get_template("page.html.j2").render(
         title=title,
         answers=_answers(queries, top, marked or {}),
-        largest=largest,
         unit=unit,
         summary=summary or {},
         curves=[
@@ -102,13 +100,17 @@ def write_page(
 def _answers(queries: Queries, top: Dataset, marked: Mapping[tuple, str]) -> list[dict[str, Any]]:
     """The table of strongest rows, nested as the page shows it: query, stage, supporting and opposing rows."""
     answers = {
-        name: {"name": name, "prompt": prompt, "completion": completion, "stages": {}}
+        name: {"name": name, "prompt": prompt, "completion": completion, "stages": {}, "largest": 0.0}
         for name, prompt, completion in queries
     }
     for row in top:
         if row["query"] not in answers:
             continue
-        stage = answers[row["query"]]["stages"].setdefault(row["stage"], {"supporting": [], "opposing": []})
+        answer = answers[row["query"]]
+        answer["largest"] = max(answer["largest"], abs(row["score"]))  # bars compare the stages of one answer
+        stage = answer["stages"].setdefault(row["stage"], {"supporting": [], "opposing": []})
         note = marked.get((row["query"], row["stage"], row["row"]), "")
         stage["supporting" if row["rank"] > 0 else "opposing"].append({**row, "note": note})
+    for answer in answers.values():
+        answer["largest"] = answer["largest"] or 1.0
     return list(answers.values())

@@ -23,7 +23,9 @@ from rich.table import Table
 from ..attribution.queries import Queries
 
 
-def print_top(console: Console, queries: Queries, top: Dataset, unit: str = "nats", marked: Mapping[tuple, str] = {}) -> None:
+def print_top(
+    console: Console, queries: Queries, top: Dataset, unit: str = "nats", marked: Mapping[tuple, str] = {}
+) -> None:
     """Print, for each query, its supporting and opposing rows in each stage.
 
     Args:
@@ -43,7 +45,7 @@ def print_top(console: Console, queries: Queries, top: Dataset, unit: str = "nat
         table.add_column("row", justify="right")
         table.add_column("text", overflow="fold")
         for row in (row for row in rows if row["query"] == name):
-            style = "green" if row["rank"] > 0 else "red"
+            style = "green" if row["score"] >= 0 else "red"
             note = marked.get((name, row["stage"], row["row"]), "")
             table.add_row(
                 row["stage"],
@@ -77,4 +79,5 @@ def describe_columns(dataset: Dataset, names: Iterable[str]) -> str:
     """One line that tells what columns a dataset has gained."""
     columns = [name for name in dataset.column_names if name.startswith("source_")]
     shown = ", ".join(columns[:3]) + (f", ... ({len(columns)} in all)" if len(columns) > 3 else "")
-    return f"{len(dataset):,} rows with {shown} for {len(list(names))} queries"
+    count = len(list(names))
+    return f"{len(dataset):,} rows with {shown} for {count} {'query' if count == 1 else 'queries'}"

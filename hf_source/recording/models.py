@@ -22,6 +22,13 @@ def plain_model(model: torch.nn.Module) -> torch.nn.Module:
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
+def context_length(model: torch.nn.Module) -> int | None:
+    """Tokens that the model's context holds, where its configuration says."""
+    config = getattr(plain_model(model), "config", None)
+    found = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return found if isinstance(found, int) and found > 0 else None  # some configurations write -1 for "any"
+
+
 _CAUSAL_LM_CLASSES = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
 

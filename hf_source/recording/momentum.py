@@ -18,8 +18,8 @@ The update of step `j` holds the share `kappa(j, k)` of the gradient of step `k 
 - Adam, AdamW: `(1 - beta1) beta1^(j - k) / (1 - beta1^t)` with `t` the number of updates made by then. The bias
   correction gives the first gradients several times the weight of later ones, and what training's end cuts off from
   the last gradients is lost.
-- SGD with momentum `beta`: `(1 - beta) beta^(j - k)`, in units of `P = (1 - dampening) / (1 - beta)`; Nesterov adds the
-  new gradient once more.
+- SGD with momentum `beta`: `(1 - beta) beta^(j - k)`, in units of `P = (1 - dampening) / (1 - beta)`; Nesterov adds
+  the new gradient once more.
 
 So a visit's weight in a segment is `c_k / N_k * sum over steps j of the segment of eta_j kappa(j, k)`, which is
 `eta_k c_k / N_k` without momentum. In short runs the difference decides the ranking of rows.

@@ -27,8 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ..errors import RecordError
-from .names import canonical_name
 from .momentum import applied_learning_rate
+from .names import canonical_name
 from .optimizers import sgd_preconditioner
 from .steps import StepTable
 from .stored_rows import read_rows

@@ -24,11 +24,11 @@ from accelerate.logging import get_logger
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..data import IGNORE_INDEX, ROW, CausalLMCollator, dataset_kind, prepare_rows
+from ..data import IGNORE_INDEX, ROW, CausalLMCollator, dataset_kind, prepare_rows, refuse_long_rows
 from ..errors import DataError, UnsupportedError
 from .checks import refuse_unsupported
 from .config import RecordingOptions, SourceConfig
-from .models import is_causal_lm
+from .models import context_length, is_causal_lm
 from .recorder import StageRecorder, read_sidecar
 from .rows import RowCollator, RowDataset, with_row_numbers
 from .start import last_checkpoint, refuse_existing_stage, start_recorder
@@ -293,7 +293,10 @@ class SourceTrainer(RecordingMixin, Trainer):
     def _prepared(self, dataset: Any, strict: bool) -> Any:
         if not isinstance(dataset, datasets.Dataset) or _kind(dataset, strict) == "custom":
             return dataset
-        return prepare_rows(dataset, self.processing_class, getattr(self.args, "max_length", None))
+        dataset = prepare_rows(dataset, self.processing_class, getattr(self.args, "max_length", None))
+        if strict:  # a collator of one's own may cut rows
+            refuse_long_rows(dataset, context_length(self.model))
+        return dataset
 
 
 def _kind(dataset: datasets.Dataset, strict: bool) -> str:

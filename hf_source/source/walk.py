@@ -37,6 +37,7 @@ from ..recording import SegmentRecord, StageRecord, canonical_name
 
 Vectors = dict[str, torch.Tensor]
 
+
 @dataclass
 class WalkSettings:
     """What a walk needs beside the record.

@@ -69,7 +69,9 @@ def test_other_queries_start_another_walk(story, queries, scores):
 def test_a_query_does_not_depend_on_its_neighbours(story, queries, scores):
     alone = attributor(story).scores(None, queries.select([1]), "pretrain")
     # Same sampled labels; only the order of float32 sums differs.
-    np.testing.assert_allclose(alone[0], scores["pretrain"][1], rtol=1e-3, atol=1e-5 * np.abs(scores["pretrain"]).max())
+    np.testing.assert_allclose(
+        alone[0], scores["pretrain"][1], rtol=1e-3, atol=1e-5 * np.abs(scores["pretrain"]).max()
+    )
 
 
 def test_tokenised_rows_score_like_raw_ones(story, queries, scores):

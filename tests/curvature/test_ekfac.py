@@ -27,9 +27,9 @@ from transformers.pytorch_utils import Conv1D
 from hf_source.curvature import EKFACCurvature, fit_block
 
 
-# Promised accuracy. Measured errors are below 1e-9: eigenvectors of nearby small eigenvalues mix, but where they do
-# the corrected eigenvalues are small as well.
-TOLERANCE = 1e-6
+# Eigenvectors of nearby small eigenvalues mix, but where they do the corrected eigenvalues are small as well.
+# Measured: 2e-14.
+TOLERANCE = 1e-9
 
 
 def kronecker(made, name: str) -> bool:
@@ -132,7 +132,8 @@ def test_sgd_gives_the_formulas_of_the_paper(segment, kind, name):
     q = {name: made.q[name]}
     scoring, carried = EKFACCurvature().propagate(q, made.flow, made.sample)
     flat_q = oracles.flat(q, [name])
-    assert oracles.relative_error(oracles.flat(scoring, [name]), flat_q @ F_r) < TOLERANCE
+    # The inverse in the paper's form costs the digits of the condition number.
+    assert oracles.relative_error(oracles.flat(scoring, [name]), flat_q @ F_r) < 1e-7
     assert oracles.relative_error(oracles.flat(carried, [name]), flat_q @ F_S) < TOLERANCE
 
 

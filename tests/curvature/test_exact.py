@@ -23,8 +23,8 @@ from hf_source.errors import UnsupportedError
 
 
 # An eigendecomposition against scaling and squaring of a non-normal matrix whose preconditioner spans two decades:
-# both lose a few digits of float64.
-TOLERANCE = 1e-8
+# both may lose a few digits of float64. Measured: 1e-13.
+TOLERANCE = 1e-10
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "lora-gpt2", "odd"])

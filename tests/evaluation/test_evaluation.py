@@ -63,7 +63,8 @@ def test_losses_of_copies(tmp_path):
     for column, row in enumerate(asked):
         ids = torch.tensor([row["input_ids"]])
         with torch.no_grad():
-            expected = final(ids, labels=torch.tensor([row["labels"]])).loss * sum(y != -100 for y in row["labels"][1:])
+            mean = final(ids, labels=torch.tensor([row["labels"]])).loss
+        expected = mean * sum(y != -100 for y in row["labels"][1:])
         assert got[0, column] == pytest.approx(float(expected), rel=1e-3)
 
 

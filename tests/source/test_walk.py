@@ -61,6 +61,10 @@ class FakeSegment:
         normalizer = (self.counts * self.items).sum() / self.items_per_normalizer
         return self.effective_learning_rate_sum * self.counts / normalizer
 
+    def applied_weights(self) -> np.ndarray:
+        """As if momentum had applied a part of each gradient after the segment, more of it for later rows."""
+        return self.row_weights() * np.linspace(0.9, 0.5, len(self.counts))
+
     def objective_scale(self) -> float:
         return self.items_per_normalizer
 
@@ -160,6 +164,13 @@ def full_then_lora() -> list[FakeStage]:
     return [first, make_stage("sft", build, seed=20, trainable=adapters)]
 
 
+def lora_then_lora() -> list[FakeStage]:
+    """Names are PEFT's in both; the base weights, which neither trains, have no part."""
+    adapters = [name for name in oracles.all_names(oracles.lora_gpt2(4)) if "lora_" in name]
+    first = make_stage("pretrain", lambda: oracles.lora_gpt2(4), seed=10, trainable=adapters)
+    return [first, make_stage("sft", lambda: finished(first), seed=20, trainable=adapters)]
+
+
 # --------------------------------------------------------------------------------------------------------- both sides
 
 QUERIES = oracles.make_batch((6, 7), seed=99)
@@ -246,7 +257,7 @@ def assert_scores(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 # -------------------------------------------------------------------------------------------------------------- tests
 
 
-@pytest.mark.parametrize("stages", [full_then_full, full_then_lora])
+@pytest.mark.parametrize("stages", [full_then_full, full_then_lora, lora_then_lora])
 def test_scores_of_two_stages_of_two_segments(stages):
     stages = stages()
     got, expected = run(stages), reference(stages)
@@ -414,6 +425,14 @@ def test_scores_add_over_segments_and_visits():
     expected = whole.copy()
     expected[:, 3] *= 2
     assert_scores({"": doubled}, {"": expected})
+
+
+def test_momentum_weighs_visits_by_the_updates_that_applied_them():
+    """Rows are drawn for the curvature, and it is averaged, by the visits themselves: only scores change."""
+    stages = full_then_full()
+    plain_scores, weighed = run(stages), run(stages, momentum=True)
+    shares = np.linspace(0.9, 0.5, 5)
+    assert_scores(weighed, {name: scores.astype(float) * shares for name, scores in plain_scores.items()})
 
 
 def test_shares_of_processes_add_up():
