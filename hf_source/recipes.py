@@ -14,7 +14,7 @@
 """Recipes: a training stage as a YAML file, with overrides from the command line.
 
 ```yaml
-model: gpt2                          # Hub id, folder, or a training record (its last stage goes on)
+model: gpt2                          # Hub id, folder, or a training record (the stage before this one goes on)
 model_config: {model_type: gpt2, n_layer: 2, n_embd: 96}   # instead of `model`: from scratch
 tokenizer: gpt2                      # by default the model's
 dataset: {path: csv, data_files: facts.csv, split: train}  # arguments of datasets.load_dataset, or a file
@@ -159,7 +159,7 @@ def load_model(recipe: Mapping[str, Any]) -> tuple[Any, Any]:
         from .recording import TrainingRecord
 
         record = TrainingRecord.load(source)
-        model = record.stages[-1].build_model()
+        model = _stage_before(record, (recipe.get("training") or {}).get("stage")).build_model()
         tokenizer = _pretrained(AutoTokenizer, recipe["tokenizer"]) if recipe.get("tokenizer") else None
         tokenizer = tokenizer or record.processing_class()
     else:
@@ -171,6 +171,18 @@ def load_model(recipe: Mapping[str, Any]) -> tuple[Any, Any]:
 
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **recipe["peft"]))
     return model, tokenizer
+
+
+def _stage_before(record: Any, stage: str | None) -> Any:
+    """The stage that a new one goes on from: the last, or the one before a stage that is trained anew."""
+    names = [known.name for known in record.stages]
+    stages = record.stages[: names.index(stage)] if stage in names else record.stages
+    if not stages:
+        raise ConfigError(
+            f"No stage of the record {record.path} comes before {stage!r}: give `model_config`, or the `model` that it "
+            "starts from."
+        )
+    return stages[-1]
 
 
 def _pretrained(kind: Any, source: str, **settings: Any) -> Any:

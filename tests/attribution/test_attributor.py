@@ -20,7 +20,7 @@ import torch
 from hf_source import Queries, SourceAttributor, SourceTrainer, TrainingRecord
 from hf_source.attribution import METHODS
 from hf_source.errors import ConfigError, DataError, RecordError, UnsupportedError
-from hf_source.recording import replay
+from hf_source.evaluation import losses_of, retrain
 
 from ..cases import byte_tokenizer, config, tiny_gpt2
 from ..story import CAPITALS, chats, facts
@@ -129,40 +129,29 @@ def test_grad_dot_is_the_dot_product_of_gradients(story, queries):
     np.testing.assert_allclose(cosines, expected / norms, atol=1e-4)
 
 
-def test_scores_predict_leave_one_out(tmp_path):
-    """Sign, unit and rank: each row of a short SGD run is left out in turn, and the replay without it measured."""
-    torch.manual_seed(0)
-    dataset = chats()
-    settings = {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0, "weight_decay": 0.0, "num_segments": 4}
-    settings |= {"gradient_accumulation_steps": 1, "lr_scheduler_type": "constant", "max_steps": 24}
-    model = tiny_gpt2(vocab_size=260)
+def test_scores_are_the_derivative_of_retraining(tmp_path):
+    """Sign, unit and rank: each row of a short SGD run is weighted a little less in turn, and the run made again."""
+    settings = {"optim": "sgd", "learning_rate": 0.01, "max_grad_norm": 0.0, "weight_decay": 0.0, "num_segments": 4}
+    settings |= {"gradient_accumulation_steps": 1, "lr_scheduler_type": "constant", "max_steps": 24, "warmup_steps": 0}
+    model = tiny_gpt2(vocab_size=260, dtype=torch.float64)
     SourceTrainer(
-        model, config(tmp_path, **settings), train_dataset=dataset, processing_class=byte_tokenizer()
+        model, config(tmp_path, **settings), train_dataset=chats(), processing_class=byte_tokenizer()
     ).train()
     record = TrainingRecord.load(tmp_path / "record")
     asked = Queries.from_text(["Q Peru? A", "Q Fiji? A"], [" Lima", " Suva"])
     got = attributor(record, num_samples=256).scores(None, asked)
-    stage, rows = record.stages[0], record.stages[0].rows()
 
-    def losses(mask):
-        trained = replay(stage, rows, row_mask=mask)
-        return _losses(trained, asked)
-
-    base = losses(np.ones(4, dtype=bool))
-    real = np.stack([losses(np.arange(4) != row) - base for row in range(4)], axis=1)
-    assert np.corrcoef(got.ravel(), real.ravel())[0, 1] > 0.9
-    # The unit is nats: the sum of predicted changes is the sum of real ones, to the first order the method works at.
-    assert 0.5 < np.abs(got).sum() / np.abs(real).sum() < 2
-
-
-def _losses(model, queries):
-    rows = queries.encode(byte_tokenizer()).rows
-    result = []
-    for row in rows:
-        with torch.no_grad():
-            logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1].log_softmax(-1)
-        result.append(-sum(float(logits[t, y]) for t, y in enumerate(row["labels"][1:]) if y != -100))
-    return np.asarray(result)
+    step = 1e-4  # of float64: truncation and rounding are both far below the method's own error
+    weights = np.concatenate([np.ones((1, 4)), 1 - step * np.eye(4)])
+    stage = record.stages[0]
+    losses = losses_of(
+        *retrain(stage, stage.rows(), weights, dtype=torch.float64), asked.encode(byte_tokenizer()).rows
+    )
+    real = (losses[1:] - losses[0]).T / step
+    # What is left is the Gauss-Newton approximation and the segments' averages; measured: .97 and 1.06.
+    assert np.corrcoef(got.ravel(), real.ravel())[0, 1] > 0.95
+    assert np.abs(got).sum() / np.abs(real).sum() == pytest.approx(1, abs=0.2)
+    assert (np.sign(got) == np.sign(real)).all()
 
 
 def test_generate_makes_queries_of_what_was_said(story):

@@ -50,7 +50,8 @@ def test_clipping_is_each_copys_own(tmp_path):
     _, parameters = retrain(stage, random_rows(), np.ones((2, 22), dtype=bool), dtype=torch.float64)
     final = stage.weights("final")
     for name, tensor in final.items():
-        torch.testing.assert_close(parameters[name][1], tensor, rtol=1e-9, atol=1e-12)
+        # float64 rounding; measured against the whole tensor, as key biases are zero but for it
+        assert (parameters[name][1] - tensor).norm() < 1e-9 * max(1.0, float(tensor.norm()))
 
 
 def test_losses_of_copies(tmp_path):
