@@ -194,7 +194,9 @@ def content_fingerprint(dataset: Dataset | Sequence[Mapping[str, Any]]) -> str:
         row = dataset[index]
         for name in ("input_ids", "labels"):
             if name in row:
-                digest.update(np.asarray(row[name], dtype=np.int64).tobytes())
+                values = np.asarray(row[name], dtype=np.int64)
+                digest.update(repr((name, values.shape)).encode())
+                digest.update(values.tobytes())
     return digest.hexdigest()
 
 

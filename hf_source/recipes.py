@@ -179,8 +179,8 @@ def _stage_before(record: Any, stage: str | None) -> Any:
     stages = record.stages[: names.index(stage)] if stage in names else record.stages
     if not stages:
         raise ConfigError(
-            f"No stage of the record {record.path} comes before {stage!r}: give `model_config`, or the `model` that it "
-            "starts from."
+            f"No stage of the record {record.path} comes before {stage!r}: give `model_config`, or the `model` that "
+            "it starts from."
         )
     return stages[-1]
 

@@ -119,7 +119,7 @@ def test_long_rows_are_refused_when_the_trainer_is_made(tmp_path, make):
     message = r"Row 1 has 41 tokens, the model's context holds 32 \(2 of 3 rows are too long\): set `max_length=32`"
     with pytest.raises(DataError, match=message):
         SourceTrainer(model, config(tmp_path), train_dataset=rows, processing_class=byte_tokenizer())
-    args = config(tmp_path, max_length=32, max_steps=1)
+    args = config(tmp_path, max_length=32, max_steps=3)
     run = SourceTrainer(model, args, train_dataset=rows, eval_dataset=rows, processing_class=byte_tokenizer())
     run.train()
     assert max(map(len, run.train_dataset["input_ids"])) == 32
@@ -149,9 +149,9 @@ def test_a_collator_of_ones_own_may_cut_rows(tmp_path):
     def cut(rows):
         return CausalLMCollator()([{"input_ids": row["input_ids"][:16]} for row in rows])
 
-    run = SourceTrainer(tiny_gpt2(), config(tmp_path, max_steps=1), train_dataset=long, data_collator=cut)
+    run = SourceTrainer(tiny_gpt2(), config(tmp_path, max_steps=3), train_dataset=long, data_collator=cut)
     run.train()
-    assert run.state.global_step == 1
+    assert run.state.global_step == 3
 
 
 # ---- the hash of what training sees --------------------------------------------------------------------------------
