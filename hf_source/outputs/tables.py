@@ -17,8 +17,8 @@ from collections.abc import Iterable, Mapping
 
 from datasets import Dataset
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ..attribution.queries import Queries
 
@@ -38,20 +38,21 @@ def print_top(
     rows = list(top)
     for name, prompt, completion in queries:
         console.print()
-        console.print(f"[bold]{escape(name)}[/]  {escape(prompt)}[bold green]{escape(completion)}[/]")
+        said = (_shown(completion), "bold yellow")
+        console.print(Text.assemble((_shown(name), "bold"), "  ", _shown(prompt), said), highlight=False)
         table = Table(box=None, pad_edge=False, header_style="dim")
         table.add_column("stage")
-        table.add_column(f"score ({unit})" if unit else "score", justify="right")
+        table.add_column(Text(f"score ({unit})" if unit else "score"), justify="right")
         table.add_column("row", justify="right")
         table.add_column("text", overflow="fold")
         for row in (row for row in rows if row["query"] == name):
             style = "green" if row["score"] >= 0 else "red"
             note = marked.get((name, row["stage"], row["row"]), "")
             table.add_row(
-                row["stage"],
-                f"[{style}]{row['score']:+.4f}[/]",
+                Text(_shown(row["stage"])),
+                Text(f"{row['score']:+.4f}", style),
                 str(row["row"]),
-                escape(_one_line(row["text"])) + (f"  [bold yellow]{escape(note)}[/]" if note else ""),
+                Text.assemble(_one_line(row["text"]), (f"  {_shown(note)}" if note else "", "bold yellow")),
             )
         console.print(table)
 
@@ -60,19 +61,26 @@ def retrieval_table(summary: Mapping[str, Mapping[str, Mapping[str, float]]], ti
     """`{method: {stage: {measure: value}}}` as one table."""
     stages = list(next(iter(summary.values())))
     measures = ("recall@1", "recall@5", "mrr")
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     table.add_column("method")
     for stage in stages:
         for measure in measures:
-            table.add_column(f"{stage} {measure}", justify="right")
+            table.add_column(Text(f"{stage} {measure}"), justify="right")
     for method, by_stage in summary.items():
         values = [f"{by_stage[stage][measure]:.3f}" for stage in stages for measure in measures]
-        table.add_row(method, *values)
+        table.add_row(Text(method), *values)
     return table
 
 
+def _shown(text: str) -> str:
+    """Text without what a terminal would obey: escape sequences, carriage returns, changes of direction."""
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text
+    )
+
+
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return _shown(" ".join(text.split()))
 
 
 def describe_columns(dataset: Dataset, names: Iterable[str]) -> str:

@@ -245,6 +245,9 @@ class SourceTrainer(RecordingMixin, Trainer):
         train_dataset: rows; a path or Hub id loads its `train` split.
         kwargs: the other arguments of `Trainer`.
 
+    Raises:
+        DataError: if rows cannot be read, or are longer than the model's context.
+
     Example:
         >>> args = SourceConfig(output_dir="out", record_dir="runs/capitals", stage="pretrain")  # doctest: +SKIP
         >>> SourceTrainer(model, args, train_dataset=facts, processing_class=tokenizer).train()  # doctest: +SKIP
