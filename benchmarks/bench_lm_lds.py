@@ -32,6 +32,7 @@ import platform
 import random
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,7 @@ METHODS = {
     "source joint": {},
     "source joint, visits without momentum": {"momentum": False},
 }
-SIZES = {"source joint": (512, 1024, 2048)}
+SIZES = (512, 1024, 2048)
 QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "use_cpu": True}
 
 
@@ -148,14 +149,20 @@ def entry(scores: np.ndarray, removed: np.ndarray, losses: np.ndarray, seconds: 
     }
 
 
-def run_regime(regime: str, segments: list[int], folder: Path) -> dict:
-    """Every method on one finetuning run."""
+def sample_sizes(name: str, num_segments: int) -> tuple[int, ...]:
+    """Sample sizes tried: several for the default, and the largest one with many segments only."""
+    if name != "source joint":
+        return (1024,)
+    return (*SIZES, 4096) if num_segments > 3 else SIZES
+
+
+def run_regime(regime: str, segments: list[int], folder: Path, results: dict, save: Callable[[], None]) -> None:
+    """Every method on one finetuning run; `results` is filled, and saved after every line."""
     records = {number: finetune(regime, number, folder) for number in segments}
     record = records[segments[0]]
     queries = make_queries().encode(record.processing_class())
     removed = removal_masks(NUM_ROWS, NUM_SUBSETS, FRACTION)
     losses = ground_truth(record, queries, removed)
-    results = {}
     start = time.perf_counter()
     slopes = derivative(record, queries, removed)
     # The derivative is one number per subset, not per row: correlate it as it is.
@@ -164,7 +171,7 @@ def run_regime(regime: str, segments: list[int], folder: Path) -> dict:
         for name, settings in METHODS.items():
             if number != segments[0] and name != "source joint":
                 continue
-            for size in SIZES.get(name, (1024,)):
+            for size in sample_sizes(name, number):
                 start = time.perf_counter()
                 attributor = SourceAttributor(
                     recorded, num_samples=size, memory_budget=2**32, progress=False, **settings
@@ -172,8 +179,8 @@ def run_regime(regime: str, segments: list[int], folder: Path) -> dict:
                 scores = attributor.scores(None, queries)
                 label = name if not name.startswith("source") else f"{name}, L={number}, n={size}"
                 results[label] = entry(scores, removed, losses, time.perf_counter() - start)
+                save()
                 print(regime, label, results[label], flush=True)  # noqa: T201
-    return results
 
 
 def main() -> None:
@@ -197,8 +204,9 @@ def main() -> None:
     report = {"settings": {**settings, "regimes": REGIMES}, "machine": machine, "versions": versions, "results": {}}
     with tempfile.TemporaryDirectory() as folder:
         for regime in [args.regime] if args.regime else REGIMES:
-            report["results"][regime] = run_regime(regime, args.segments, Path(folder))
-            args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            results = report["results"].setdefault(regime, {})
+            save = lambda: args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")  # noqa: E731
+            run_regime(regime, args.segments, Path(folder), results, save)
 
 
 if __name__ == "__main__":
