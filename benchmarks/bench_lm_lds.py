@@ -18,8 +18,8 @@ others. Random 2 % of the finetuning rows are then left out, 64 times, and the f
 and order (many copies at once, `hf_source.evaluation.retrain`). For 24 queries, half about finetuned facts and half
 about pretrained ones, the summed scores of the missing rows are correlated with the real change of the query's loss.
 
-    python benchmarks/bench_lm_lds.py                 # writes benchmarks/lm_lds.json, about half an hour on one core
-    python benchmarks/bench_lm_lds.py --regime short  # one of the regimes
+    python benchmarks/bench_lm_lds.py                      # writes benchmarks/lm_lds.json, a quarter of an hour
+    python benchmarks/bench_lm_lds.py --regime short long  # with the longer run
 
 `exact derivative` is the directional derivative of the very same training (moments, clipping and all): what any
 first-order method could reach at most.
@@ -149,11 +149,11 @@ def entry(scores: np.ndarray, removed: np.ndarray, losses: np.ndarray, seconds: 
     }
 
 
-def sample_sizes(name: str, num_segments: int) -> tuple[int, ...]:
+def sample_sizes(name: str) -> tuple[int, ...]:
     """Sample sizes tried: several for the default, and the largest one with many segments only."""
     if name != "source joint":
         return (1024,)
-    return (*SIZES, 4096) if num_segments > 3 else SIZES
+    return SIZES
 
 
 def run_regime(regime: str, segments: list[int], folder: Path, results: dict, save: Callable[[], None]) -> None:
@@ -171,7 +171,7 @@ def run_regime(regime: str, segments: list[int], folder: Path, results: dict, sa
         for name, settings in METHODS.items():
             if number != segments[0] and name != "source joint":
                 continue
-            for size in sample_sizes(name, number):
+            for size in sample_sizes(name):
                 start = time.perf_counter()
                 attributor = SourceAttributor(
                     recorded, num_samples=size, memory_budget=2**32, progress=False, **settings
@@ -186,7 +186,7 @@ def run_regime(regime: str, segments: list[int], folder: Path, results: dict, sa
 def main() -> None:
     """Run and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--regime", choices=sorted(REGIMES), help="only this one")
+    parser.add_argument("--regime", nargs="+", choices=sorted(REGIMES), default=["short"])
     parser.add_argument("--segments", type=int, nargs="+", default=[3, 12], help="numbers of segments compared")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("lm_lds.json"))
     args = parser.parse_args()
@@ -201,9 +201,14 @@ def main() -> None:
     machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     versions = {"hf_source": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     machine["threads"] = torch.get_num_threads()
-    report = {"settings": {**settings, "regimes": REGIMES}, "machine": machine, "versions": versions, "results": {}}
+    report = {
+        "settings": {**settings, "regimes": {name: REGIMES[name] for name in args.regime}},
+        "machine": machine,
+        "versions": versions,
+        "results": {},
+    }
     with tempfile.TemporaryDirectory() as folder:
-        for regime in [args.regime] if args.regime else REGIMES:
+        for regime in args.regime:
             results = report["results"].setdefault(regime, {})
             save = lambda: args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")  # noqa: E731
             run_regime(regime, args.segments, Path(folder), results, save)

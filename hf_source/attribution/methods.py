@@ -103,7 +103,7 @@ def bm25(attributor: "SourceAttributor", queries: Queries) -> Scores:
         rows = attributor.rows(stage)
         index = BM25Okapi([_words(rows.text(row, attributor.processing_class)) for row in rows.numbers])
         scores = np.zeros((len(queries), stage.num_rows), dtype=np.float32)
-        for position, (_, prompt, completion) in enumerate(queries):
+        for position, (_, prompt, completion) in attributor.share(list(enumerate(queries))):
             scores[position, rows.numbers] = index.get_scores(_words(prompt + completion))
         yield stage, scores
 

@@ -38,10 +38,10 @@ from .recipe import STAGES
 METHODS = ("source", "grad-cos", "bm25")
 """What is compared: ours, a gradient method without curvature, and no model at all."""
 
-MAX_QUERIES = 120
+MAX_QUERIES = 110
 """Right answers that are attributed: enough for figures in steps of a percent, few enough for two minutes."""
 
-MEMORY_BUDGET = 192 * 2**20
+MEMORY_BUDGET = 128 * 2**20
 
 
 def run_demo(out: Path, num_samples: int = 512, seed: int = 0, console: Console | None = None) -> dict[str, Any]:
@@ -153,7 +153,12 @@ def _printer() -> type:
 def make_attributor(out: Path, method: str, num_samples: int, seed: int) -> SourceAttributor:
     """An attributor of the demo's record that stays within 2 GB."""
     return SourceAttributor.from_record(
-        out / "record", method=method, num_samples=num_samples, seed=seed, memory_budget=MEMORY_BUDGET
+        out / "record",
+        method=method,
+        num_samples=num_samples,
+        seed=seed,
+        memory_budget=MEMORY_BUDGET,
+        max_tokens_per_batch=1024,
     )
 
 
