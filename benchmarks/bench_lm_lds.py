@@ -14,9 +14,9 @@
 """Do scores predict retraining? LDS of every method on a small language model finetuned on real text.
 
 A GPT-2 of 108 k parameters is pretrained and then finetuned, recorded, on 512 other rows (64 AdamW steps). Random 2 %
-of the finetuning rows are left out, 64 times, and the finetuning made again with the same seed and order (many copies at
-once, `hf_source.evaluation.retrain`). For 24 queries, half of them finetuned rows and half not, the summed scores of
-the missing rows are correlated with the real change of the query's loss.
+of the finetuning rows are left out, 64 times, and the finetuning made again with the same seed and order (many copies
+at once, `hf_source.evaluation.retrain`). For 24 queries, half of them finetuned rows and half not, the summed scores
+of the missing rows are correlated with the real change of the query's loss.
 
 Two sets of rows: `wiki`, beginnings of Wikipedia summaries (32 tokens), and `facts`, short sentences about countries
 (13 tokens), where single rows hold single facts and a removal is anything but small.
