@@ -40,7 +40,6 @@ class StagePlan:
     sample_passes: int  # over the sampled rows, per segment
     sample_tokens: int  # in all passes and segments
     score_tokens: int  # over all segments
-    scored: bool
 
 
 @dataclass
@@ -73,9 +72,8 @@ class Plan:
     def __str__(self) -> str:
         lines = [f"{self.method} ({self.curvature}): {self.num_queries} queries, {self.num_parameters:,} parameters"]
         for stage in self.stages:
-            what = "walk and score" if stage.scored else "walk through"
             lines.append(
-                f"  {what} {stage.name!r}: {stage.num_rows:,} rows, {stage.num_segments} segments, "
+                f"  walk and score {stage.name!r}: {stage.num_rows:,} rows, {stage.num_segments} segments, "
                 f"{stage.sample_passes} passes over the sample of each, "
                 f"{stage.sample_tokens + stage.score_tokens:,} tokens"
             )
@@ -125,7 +123,7 @@ def _stage_plan(attributor: "SourceAttributor", stage: StageRecord, passes: int)
     sample_tokens = sum(
         int(rows.lengths[numbers].mean() * attributor.num_samples * passes) for numbers in visited if len(numbers)
     )
-    return StagePlan(stage.name, stage.num_rows, len(visited), passes, sample_tokens, score_tokens, True)
+    return StagePlan(stage.name, stage.num_rows, len(visited), passes, sample_tokens, score_tokens)
 
 
 def _memory(attributor: "SourceAttributor", sizes: list[int], element: int, num_queries: int) -> dict[str, int]:
