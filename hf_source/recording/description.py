@@ -46,6 +46,7 @@ def describe_stage(trainer: Any, options: RecordingOptions, optimizer: Optimizer
         "run_id": uuid.uuid4().hex,
         "status": "running",
         "num_steps": 0,
+        "visits": "recorded",
         "loss": {
             "kind": "causal_lm" if is_causal_lm(model) else str(getattr(plain_model(model), "loss_type", None)),
             "normalization": None,

@@ -30,9 +30,9 @@ from safetensors.torch import save_file
 
 from .. import __version__
 from ..errors import RecordError
+from .schema import SCHEMA_VERSION, upgraded
 
 
-SCHEMA_VERSION = 1
 RECORD_FILE = "record.json"
 
 STEP_SCHEMA = pa.schema(
@@ -104,7 +104,7 @@ def read_record_json(path: Path) -> dict[str, Any]:
     """Read and check `record.json`.
 
     Raises:
-        RecordError: if it is missing, torn, or of another schema version.
+        RecordError: if it is missing, torn, or of a newer schema version; an older one is brought up to date.
     """
     file = path / RECORD_FILE
     if not file.is_file():
@@ -113,19 +113,12 @@ def read_record_json(path: Path) -> dict[str, Any]:
             "made with SourceTrainer (by default `<output_dir>/record`)."
         )
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        found = data["schema_version"]
+        return upgraded(json.loads(file.read_text(encoding="utf-8")), file)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise RecordError(
             f"{file} is damaged ({error}). Restore it from a copy of the record, or move the folder away and train "
             "again."
         ) from error
-    if found != SCHEMA_VERSION:
-        raise RecordError(
-            f"{file} has schema version {found}, this hf_source reads version {SCHEMA_VERSION}. Install the hf_source "
-            f"that wrote it ({data.get('library_versions', {}).get('hf_source', 'unknown')}), or record the run again."
-        )
-    return data
 
 
 class RecordWriter:

@@ -194,8 +194,8 @@ def test_torn_or_foreign_record_json(folder):
     file.write_text("[]")
     with pytest.raises(RecordError, match="record.json is damaged"):
         TrainingRecord.load(folder)
-    file.write_text(content.replace('"schema_version": 1', '"schema_version": 99'))
-    with pytest.raises(RecordError, match="schema version 99, this hf_source reads version 1. Install the hf_source"):
+    file.write_text(content.replace('"schema_version": 2', '"schema_version": 99'))
+    with pytest.raises(RecordError, match="schema version 99, .* reads versions 1 to 2. Install the hf_source"):
         TrainingRecord.load(folder)
 
 
