@@ -59,6 +59,24 @@ def refuse_unsupported(trainer: Any) -> None:
     warn_about_noise(trainer)
 
 
+def warn_about_resuming(trainer: Any) -> None:
+    """Say when the Trainer will not go on with the rows that an uninterrupted run would have seen next."""
+    args = trainer.args
+    accelerator = trainer.accelerator
+    reason = None
+    if args.ignore_data_skip:
+        reason = "ignore_data_skip=True starts the epoch again. Leave it out"
+    elif str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy)) == "group_by_length":
+        reason = "train_sampling_strategy='group_by_length' draws a new order. Use 'random' or 'batch_rebalance'"
+    elif not accelerator.dataloader_config.use_seedable_sampler:
+        reason = "use_seedable_sampler=False draws a new order. Leave it out"
+    if reason is not None:
+        logger.warning(
+            f"In the resumed epoch some rows train twice and others never: {reason} to resume as if nothing had "
+            "happened. The record counts what really happens."
+        )
+
+
 def _refuse_batch_norm(model: torch.nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):

@@ -39,7 +39,7 @@ logger = get_logger(__name__)
 
 def describe_stage(trainer: Any, options: RecordingOptions, optimizer: OptimizerDescription) -> dict[str, Any]:
     """The stage's entry of `record.json` at its start, without index, parent, files and segments."""
-    model, args = trainer.model, trainer.args
+    model = trainer.model
     trained = {name for group in optimizer.groups for name in group.parameters}
     return {
         "name": options.stage,
@@ -59,23 +59,29 @@ def describe_stage(trainer: Any, options: RecordingOptions, optimizer: Optimizer
         "buffers": {n: _describe_tensor(b)["dtype"] for n, b in model.named_buffers()},
         "dataset": _describe_dataset(trainer, options),
         "collator": {"class": _class_name(getattr(trainer.data_collator, "collator", trainer.data_collator))},
-        "training": {
-            "seed": args.seed,
-            "data_seed": args.data_seed,
-            "epochs": float(args.num_train_epochs),
-            "max_steps": trainer.state.max_steps,
-            "per_device_train_batch_size": args.per_device_train_batch_size,
-            "gradient_accumulation_steps": args.gradient_accumulation_steps,
-            "max_grad_norm": float(args.max_grad_norm or 0.0),
-            "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
-            "sampling_strategy": str(getattr(args, "train_sampling_strategy", "random")),
-            "bf16": trainer.accelerator.mixed_precision == "bf16",
-            "dropout": has_dropout(model),
-            "neftune_noise_alpha": args.neftune_noise_alpha,
-        },
+        "training": describe_training(trainer),
         "model": _describe_model(model),
         "segments": [],
         "files": {},
+    }
+
+
+def describe_training(trainer: Any) -> dict[str, Any]:
+    """Settings of the run that people look up; nothing is computed from most of them."""
+    args = trainer.args
+    return {
+        "seed": args.seed,
+        "data_seed": args.data_seed,
+        "epochs": float(args.num_train_epochs),
+        "max_steps": trainer.state.max_steps,
+        "per_device_train_batch_size": trainer.state.train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "max_grad_norm": float(args.max_grad_norm or 0.0),
+        "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        "sampling_strategy": str(getattr(args, "train_sampling_strategy", "random")),
+        "bf16": trainer.accelerator.mixed_precision == "bf16",
+        "dropout": has_dropout(trainer.model),
+        "neftune_noise_alpha": args.neftune_noise_alpha,
     }
 
 

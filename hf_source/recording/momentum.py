@@ -23,6 +23,9 @@ The update of step `j` holds the share `kappa(j, k)` of the gradient of step `k 
 
 So a visit's weight in a segment is `c_k / N_k * sum over steps j of the segment of eta_j kappa(j, k)`, which is
 `eta_k c_k / N_k` without momentum. In short runs the difference decides the ranking of rows.
+
+An optimizer that goes on from an earlier stage (`train()` called again) counts its updates from there. What its
+momentum still carries of that stage's last gradients is not credited to that stage's rows.
 """
 
 from collections.abc import Mapping
@@ -36,7 +39,12 @@ _NEGLIGIBLE = 1e-9
 
 
 def applied_learning_rate(
-    group: Mapping[str, Any], learning_rate: np.ndarray, skipped: np.ndarray, first_step: int, end_step: int
+    group: Mapping[str, Any],
+    learning_rate: np.ndarray,
+    skipped: np.ndarray,
+    first_step: int,
+    end_step: int,
+    updates_before: int = 0,
 ) -> np.ndarray:
     """Learning rate with which each step's gradient is applied by the updates of a segment.
 
@@ -45,12 +53,13 @@ def applied_learning_rate(
         learning_rate: `eta`, float64 `[steps]`.
         skipped: bool `[steps]`; a skipped step leaves the momentum as it is.
         first_step, end_step: the segment's updates, `first_step <= j < end_step`.
+        updates_before: updates that the optimizer had made when the stage began.
 
     Returns:
         `sum over j of eta_j kappa(j, k)`, float64 `[end_step]`: for the segment's own steps and those before it.
     """
     beta = group["betas"][0] if group["betas"] is not None else group["momentum"] or 0.0
-    made = np.cumsum(~skipped[:end_step])
+    made = updates_before + np.cumsum(~skipped[:end_step])
     shares = np.where(skipped[:end_step], 0.0, learning_rate[:end_step]) * (1 - beta)
     if group["betas"] is not None:
         shares = shares / -np.expm1(np.maximum(made, 1) * np.log(beta)) if beta else shares

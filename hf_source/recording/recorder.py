@@ -56,7 +56,8 @@ class StageRecorder:
         self.accumulator = accumulator
         self.names = names
         self.segment_starts = list(segment_starts)
-        self.step = 0
+        self.step = self.first_step = 0
+        self.inside_update = False
         self._segment_start = 0
         self._micro_batches: list[dict[str, Any]] = []
         self._steps: list[dict[str, Any]] = []
@@ -84,6 +85,7 @@ class StageRecorder:
             "grad_norm": grad_norm,
             "clip_factor": clip_factor,
         }
+        self.inside_update = True
         self.accumulator.before_update(self._reference(learning_rates), clip_factor)
 
     def after_update(self, skipped: bool = False) -> None:
@@ -93,6 +95,7 @@ class StageRecorder:
         self.accumulator.after_update(reference, step["learning_rate"], step["clip_factor"], skipped)
         self._steps.append(step)
         self._micro_batches = []
+        self.inside_update = False
         self.step += 1
         if self.step in self.segment_starts:
             self._close_segment()
@@ -144,12 +147,27 @@ class StageRecorder:
         """Continue from a checkpoint: the record forgets what came after it."""
         state = read_sidecar(folder)
         self.accumulator.load_state(load_file(folder / f"{SIDECAR}.safetensors"), state["sums"])
-        self.step = state["step"]
+        self.step = self.first_step = state["step"]
         self.segment_starts = state["segment_starts"]
         self._segment_start = state["segment_start"]
         self._micro_batches, self._steps = [], []
         self.writer.stage["num_steps"] = self.step
         self.writer.cut_back(self.step, self._segment_start)
+
+    def restart(self, segment_starts: Sequence[int], training: dict[str, Any]) -> None:
+        """Go on where an attempt ended, as the beginning of a new run.
+
+        Args:
+            segment_starts: first step of every segment of the new run, counted from its own beginning. Its first
+                segment goes on with the one that is open.
+            training: settings of the new run, as in `record.json`.
+        """
+        started = [start for start in self.segment_starts if start <= self.step]
+        self.segment_starts = started + [self.step + start for start in segment_starts[1:]]
+        self._micro_batches = []
+        self.first_step = self.step
+        self.writer.stage |= {"planned_segment_starts": self.segment_starts, "training": training}
+        self.flush()
 
     def _close_segment(self) -> None:
         index = len(self.writer.stage["segments"])

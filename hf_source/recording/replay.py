@@ -30,6 +30,7 @@ from .models import is_causal_lm
 from .optimizers import OptimizerDescription, build_optimizer
 from .stage import StageRecord
 from .steps import MicroBatch
+from .warm import load_optimizer_state
 
 
 # Rows kept in memory between visits: about 128 MB of tokens.
@@ -80,6 +81,7 @@ def replay(
     description = OptimizerDescription.from_dict(stage.optimizer)
     trained = _trained_parameters(stage, model)
     optimizer = build_optimizer(description, trained)
+    load_optimizer_state(stage, optimizer, trained)
     steps = stage.steps()
     model.train()
     for index in range(len(steps)):

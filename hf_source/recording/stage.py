@@ -124,8 +124,9 @@ class SegmentRecord:
         """
         steps = self.stage.steps()
         group = next(group for group in self.stage.optimizer["groups"] if group["parameters"])
+        before = (self.stage.data.get("optimizer_start") or {}).get("updates", 0)
         rates = applied_learning_rate(
-            group, steps.reference_learning_rate, steps.skipped, self.first_step, self.end_step
+            group, steps.reference_learning_rate, steps.skipped, self.first_step, self.end_step, before
         )
         first = int(np.argmax(rates > 0))
         visits = steps.visits(first, self.end_step, rates * steps.clip_factor[: self.end_step])

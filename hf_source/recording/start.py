@@ -23,12 +23,13 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import RecordError, UnsupportedError
 from .config import RecordingOptions
-from .description import continues, describe_stage, save_frozen, save_model_files, save_tokenizer
+from .description import continues, describe_stage, describe_training, save_frozen, save_model_files, save_tokenizer
 from .optimizers import OptimizerDescription, describe_optimizer, unwrap_optimizer
 from .record import TrainingRecord
 from .recorder import StageRecorder, read_sidecar
 from .segments import SegmentAccumulator, plan_segments, scheduled_learning_rates
 from .stored_rows import write_rows
+from .warm import save_optimizer_state
 from .writer import RecordWriter
 
 
@@ -53,22 +54,59 @@ def start_recorder(trainer: Any, options: RecordingOptions, resume_folder: Path 
     trained = {name for group in description.groups for name in group.parameters}
     if not trained:
         raise UnsupportedError("The optimizer trains no parameter: set requires_grad on what should train.")
-    if resume_folder is None and optimizer.state:
-        raise UnsupportedError(
-            "The optimizer carries moments from earlier training, which the record would not explain. Make a new "
-            "trainer for a new stage, or pass an optimizer that has not made a step."
-        )
     parameters = {name: p for name, p in trainer.model.named_parameters() if name in trained}
     stage = describe_stage(trainer, options, description)
     if resume_folder is None:
         stage["planned_segment_starts"] = _plan_segments(trainer, options, description)
         writer = _new_stage(trainer, options, stage, parameters)
+        if optimizer.state:
+            if not writer.stage["continues_parent"]:
+                logger.warning(
+                    f"The optimizer of stage '{options.stage}' carries moments of training that the record does not "
+                    "hold. They are stored, but rows of that training cannot be credited for what they still move. To "
+                    "record both runs of one trainer, set another `args.stage` before the second train()."
+                )
+            save_optimizer_state(optimizer, names, writer)
+            writer.commit()
     else:
         writer = _resumed_stage(options, stage, resume_folder)
     accumulator = SegmentAccumulator(parameters, optimizer, description, options.record_averages_on_cpu)
     recorder = StageRecorder(writer, accumulator, writer.stage["planned_segment_starts"], names)
     if resume_folder is not None:
         recorder.go_back(resume_folder)
+    return recorder
+
+
+def restart_recorder(
+    trainer: Any, options: RecordingOptions, resume_folder: Path | None, recorder: StageRecorder
+) -> StageRecorder:
+    """The recorder of a run that the Trainer starts again with smaller batches (`auto_find_batch_size`).
+
+    Weights and optimizer go on from where memory ran out, so the steps made until then stay in the stage.
+
+    Args:
+        trainer, options, resume_folder: see `start_recorder`.
+        recorder: the recorder of the attempt that ended.
+
+    Raises:
+        UnsupportedError: if weights and optimizer no longer belong together.
+    """
+    if recorder.step == recorder.first_step:  # nothing was trained: as if it had never begun
+        return start_recorder(trainer, options, resume_folder)
+    if resume_folder is not None or recorder.inside_update:
+        where = "in an update" if recorder.inside_update else "after resuming"
+        raise UnsupportedError(
+            f"Memory ran out {where}, and the Trainer's restart with smaller batches would go on from weights that do "
+            "not belong to its optimizer state. Resume from the last checkpoint, or start the stage anew with "
+            "overwrite_stage=True, with a smaller per_device_train_batch_size and auto_find_batch_size=False."
+        )
+    starts = _plan_segments(trainer, options, recorder.accumulator.description)
+    recorder.restart(starts, describe_training(trainer))
+    logger.warning(
+        f"Memory ran out in optimizer step {recorder.step}. The Trainer goes on from the present weights, with "
+        f"batches of {trainer.state.train_batch_size} rows and a new schedule; the steps made so far stay in the "
+        "record."
+    )
     return recorder
 
 

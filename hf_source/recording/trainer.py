@@ -26,12 +26,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data import IGNORE_INDEX, ROW, CausalLMCollator, dataset_kind, prepare_rows, refuse_long_rows
 from ..errors import DataError, UnsupportedError
-from .checks import refuse_unsupported
+from .checks import refuse_unsupported, warn_about_resuming
 from .config import RecordingOptions, SourceConfig
 from .models import context_length, is_causal_lm
 from .recorder import StageRecorder, read_sidecar
 from .rows import RowCollator, RowDataset, with_row_numbers
-from .start import last_checkpoint, refuse_existing_stage, start_recorder
+from .start import last_checkpoint, refuse_existing_stage, restart_recorder, start_recorder
 
 
 logger = get_logger(__name__)
@@ -187,6 +187,7 @@ class RecordingMixin:
         if isinstance(resume_from_checkpoint, (str, Path)):
             self._resume_folder = Path(resume_from_checkpoint)
             read_sidecar(self._resume_folder)
+            warn_about_resuming(self)
         else:
             refuse_existing_stage(options)
         self._number_rows_again()
@@ -212,7 +213,11 @@ class RecordingMixin:
             self.train_dataset = self._number_rows(dataset)
 
     def _start_recording(self) -> None:
-        self._recorder = start_recorder(self, RecordingOptions.from_args(self.args), self._resume_folder)
+        options = RecordingOptions.from_args(self.args)
+        if self._recorder is None:
+            self._recorder = start_recorder(self, options, self._resume_folder)
+        else:  # the Trainer starts anew after running out of memory
+            self._recorder = restart_recorder(self, options, self._resume_folder, self._recorder)
 
     def _save_checkpoint(self, model, trial):
         # Before the parent's, which pushes and rotates checkpoints.

@@ -332,13 +332,6 @@ def test_dropout_and_noise_are_warned_about(tmp_path, caplog):
     assert "trains with dropout" in caplog.text
 
 
-def test_training_twice_with_one_trainer_is_refused(tmp_path):
-    run, _ = train(tmp_path, tiny_llama(), max_steps=3)
-    run.args.stage = "again"
-    with pytest.raises(UnsupportedError, match="carries moments from earlier training"):
-        run.train()
-
-
 def test_gradients_that_are_not_numbers_stop_training(tmp_path):
     model = tiny_llama()
     with torch.no_grad():
