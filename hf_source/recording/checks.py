@@ -55,6 +55,7 @@ def refuse_unsupported(trainer: Any) -> None:
             "fp16 (or fp8) training scales losses and skips steps, which recording cannot follow yet. Use bf16=True, "
             "or float32."
         )
+    _refuse_compiled(trainer.model)
     _refuse_batch_norm(trainer.model)
     warn_about_noise(trainer)
 
@@ -74,6 +75,14 @@ def warn_about_resuming(trainer: Any) -> None:
         logger.warning(
             f"In the resumed epoch some rows train twice and others never: {reason} to resume as if nothing had "
             "happened. The record counts what really happens."
+        )
+
+
+def _refuse_compiled(model: torch.nn.Module) -> None:
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedError(
+            "The model was compiled before the trainer took it, so the trainer cannot see which inputs it takes and "
+            "drops them. Pass the plain model, and set torch_compile=True."
         )
 
 

@@ -81,6 +81,9 @@ def replay(
     description = OptimizerDescription.from_dict(stage.optimizer)
     trained = _trained_parameters(stage, model)
     optimizer = build_optimizer(description, trained)
+    if stage.training.get("fused_optimizer"):  # it rounds otherwise than the loop does, which shows in bfloat16
+        for group in optimizer.param_groups:
+            group["fused"] = True
     load_optimizer_state(stage, optimizer, trained)
     steps = stage.steps()
     model.train()

@@ -29,6 +29,7 @@ from ..errors import DataError, UnsupportedError
 from .checks import refuse_unsupported, warn_about_resuming
 from .config import RecordingOptions, SourceConfig
 from .models import context_length, is_causal_lm
+from .precision import clip_factor
 from .recorder import StageRecorder, read_sidecar
 from .rows import RowCollator, RowDataset, with_row_numbers
 from .start import last_checkpoint, refuse_existing_stage, restart_recorder, start_recorder
@@ -164,16 +165,14 @@ class RecordingMixin:
         return self._grad_norm
 
     def _before_update(self) -> None:
-        norm, limit = float(self._grad_norm), self.args.max_grad_norm
-        # torch.nn.utils.clip_grad_norm_ divides by the norm plus 1e-6.
-        clip_factor = min(1.0, limit / (norm + 1e-6)) if limit and limit > 0 else 1.0
+        norm, factor = float(self._grad_norm), clip_factor(self._grad_norm, self.args.max_grad_norm)
         if not math.isfinite(norm):
             raise UnsupportedError(
                 f"The gradient of optimizer step {self._recorder.step} has norm {norm}: from here on the weights are "
                 "not numbers. Lower the learning rate, lengthen the warmup, or look for rows with broken labels."
             )
         rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self._recorder.before_update(rates, norm, clip_factor, float(self.state.epoch or 0.0))
+        self._recorder.before_update(rates, norm, factor, float(self.state.epoch or 0.0))
 
     # ---- Start, checkpoint, end ----
 
