@@ -30,53 +30,33 @@ from torch.func import functional_call, grad, vmap
 from ..data import CausalLMCollator, take_rows
 from ..gradients import CausalLMTask, Task, batch_to
 from ..recording import StageRecord
+from ..recording.optimizers import OptimizerDescription, build_optimizer
 
 
 Stacked = dict[str, torch.Tensor]
 
 
 class StackedOptimizer:
-    """The recorded optimizer on stacked parameters `[copies, *shape]`: SGD with momentum, Adam, AdamW.
+    """The recorded optimizer on stacked parameters `[copies, *shape]`.
+
+    Where every entry is updated by itself (SGD, Adam, ...) the optimizer takes the stack as it is.
 
     Args:
-        description: `StageRecord.optimizer`.
+        description: the recorded optimizer.
+        parameters: name -> `[copies, *shape]`; updated in place.
     """
 
-    def __init__(self, description: Mapping[str, Any]) -> None:
-        self.group_of = {name: g for g, group in enumerate(description["groups"]) for name in group["parameters"]}
-        self.groups = description["groups"]
-        self.state: dict[str, tuple[torch.Tensor, ...]] = {}
-        self.step_count = 0
+    def __init__(self, description: OptimizerDescription, parameters: Stacked) -> None:
+        self.parameters = {name: torch.nn.Parameter(stack, requires_grad=False) for name, stack in parameters.items()}
+        self.optimizer = build_optimizer(description, self.parameters)
 
-    def step(self, parameters: Stacked, gradients: Stacked, learning_rates: Sequence[float]) -> None:
-        """One update in place; `learning_rates` holds one per group."""
-        self.step_count += 1
-        for name, gradient in gradients.items():
-            group, rate = self.groups[self.group_of[name]], learning_rates[self.group_of[name]]
-            if group["weight_decay"] and group["decoupled_weight_decay"]:
-                parameters[name].mul_(1 - rate * group["weight_decay"])
-            elif group["weight_decay"]:
-                gradient = gradient + group["weight_decay"] * parameters[name]
-            update = self._sgd(name, gradient, group) if group["betas"] is None else self._adam(name, gradient, group)
-            parameters[name].sub_(update, alpha=rate)
-
-    def _sgd(self, name: str, gradient: torch.Tensor, group: Mapping[str, Any]) -> torch.Tensor:
-        if not group["momentum"]:
-            return gradient
-        if name not in self.state:  # torch starts the buffer with the undampened gradient
-            buffer = gradient.clone()
-        else:
-            buffer = self.state[name][0].mul_(group["momentum"]).add_(gradient, alpha=1 - group["dampening"])
-        self.state[name] = (buffer,)
-        return gradient + group["momentum"] * buffer if group["nesterov"] else buffer
-
-    def _adam(self, name: str, gradient: torch.Tensor, group: Mapping[str, Any]) -> torch.Tensor:
-        beta1, beta2 = group["betas"]
-        first, second = self.state.setdefault(name, (torch.zeros_like(gradient), torch.zeros_like(gradient)))
-        first.lerp_(gradient, 1 - beta1)
-        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        root = (second / (1 - beta2**self.step_count)).sqrt_().add_(group["eps"])
-        return (first / (1 - beta1**self.step_count)).div_(root)
+    def step(self, gradients: Stacked, learning_rates: Sequence[float]) -> None:
+        """One update; `learning_rates` holds one per group."""
+        for name, parameter in self.parameters.items():
+            parameter.grad = gradients[name]
+        for group, rate in zip(self.optimizer.param_groups, learning_rates, strict=True):
+            group["lr"] = rate
+        self.optimizer.step()
 
 
 def retrain(
@@ -110,7 +90,7 @@ def retrain(
     own = dict(model.named_parameters())
     parameters = {n: own[n].detach().to(dtype).expand(len(keep), *own[n].shape).clone() for n in stage.trainable}
     weights = torch.as_tensor(keep, dtype=dtype)
-    optimizer = StackedOptimizer(stage.optimizer)
+    optimizer = StackedOptimizer(OptimizerDescription.from_dict(stage.optimizer), parameters)
     steps = stage.steps()
 
     def loss(parameters: Stacked, batch: dict[str, torch.Tensor], row_weights: torch.Tensor) -> torch.Tensor:
@@ -129,7 +109,7 @@ def retrain(
         if steps.skipped[step]:
             continue
         _clip(total, stage.training["max_grad_norm"])
-        optimizer.step(parameters, total, steps.learning_rate[step].tolist())
+        optimizer.step(total, steps.learning_rate[step].tolist())
     return model, parameters
 
 

@@ -13,13 +13,10 @@
 # limitations under the License.
 """When a gradient really moves the weights: momentum spreads it over the steps that follow.
 
-The update of step `j` holds the share `kappa(j, k)` of the gradient of step `k <= j`:
-
-- Adam, AdamW: `(1 - beta1) beta1^(j - k) / (1 - beta1^t)` with `t` the number of updates made by then. The bias
-  correction gives the first gradients several times the weight of later ones, and what training's end cuts off from
-  the last gradients is lost.
-- SGD with momentum `beta`: `(1 - beta) beta^(j - k)`, in units of `P = (1 - dampening) / (1 - beta)`; Nesterov adds
-  the new gradient once more.
+The update of step `j` holds the share `kappa(j, k)` of the gradient of step `k <= j`, which the rule of the optimizer
+tells (`optimizers/`). For Adam it is `(1 - beta1) beta1^(j - k) / (1 - beta1^t)` with `t` the number of updates made
+by then: the bias correction gives the first gradients several times the weight of later ones, and what training's end
+cuts off from the last gradients is lost.
 
 So a visit's weight in a segment is `c_k / N_k * sum over steps j of the segment of eta_j kappa(j, k)`, which is
 `eta_k c_k / N_k` without momentum. In short runs the difference decides the ranking of rows.
@@ -28,10 +25,9 @@ An optimizer that goes on from an earlier stage (`train()` called again) counts 
 momentum still carries of that stage's last gradients is not credited to that stage's rows.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
+
+from .optimizers import GroupDescription
 
 
 # Shares of a gradient below this are rounding.
@@ -39,7 +35,7 @@ _NEGLIGIBLE = 1e-9
 
 
 def applied_learning_rate(
-    group: Mapping[str, Any],
+    group: GroupDescription,
     learning_rate: np.ndarray,
     skipped: np.ndarray,
     first_step: int,
@@ -49,7 +45,7 @@ def applied_learning_rate(
     """Learning rate with which each step's gradient is applied by the updates of a segment.
 
     Args:
-        group: constants of the optimizer's (first) group.
+        group: the optimizer's (first) group.
         learning_rate: `eta`, float64 `[steps]`.
         skipped: bool `[steps]`; a skipped step leaves the momentum as it is.
         first_step, end_step: the segment's updates, `first_step <= j < end_step`.
@@ -58,18 +54,18 @@ def applied_learning_rate(
     Returns:
         `sum over j of eta_j kappa(j, k)`, float64 `[end_step]`: for the segment's own steps and those before it.
     """
-    beta = group["betas"][0] if group["betas"] is not None else group["momentum"] or 0.0
-    made = updates_before + np.cumsum(~skipped[:end_step])
-    shares = np.where(skipped[:end_step], 0.0, learning_rate[:end_step]) * (1 - beta)
-    if group["betas"] is not None:
-        shares = shares / -np.expm1(np.maximum(made, 1) * np.log(beta)) if beta else shares
-    shares[:first_step] = 0.0
+    skipped = skipped[:end_step]
+    made = np.maximum(updates_before + np.cumsum(~skipped), 1)
+    shares = group.how.shares(group.constants, made)
+    rates = np.where(skipped, 0.0, learning_rate[:end_step])
+    rates[:first_step] = 0.0
+    through_buffer, directly = rates * shares.carried, rates * shares.own
     result, carried = np.zeros(end_step), 0.0
     for step in range(end_step - 1, -1, -1):
         if skipped[step]:
             continue
-        carried = shares[step] + beta * carried
-        result[step] = shares[step] + beta * carried if group.get("nesterov") else carried
-        if step < first_step and carried < _NEGLIGIBLE * shares.max():
+        carried = through_buffer[step] + shares.beta * carried
+        result[step] = carried + directly[step]
+        if step < first_step and carried < _NEGLIGIBLE * through_buffer.max():
             break
-    return result
+    return np.where(made == 1, shares.first, 1.0) * result

@@ -13,8 +13,8 @@
 # limitations under the License.
 """Versions of `record.json`: an older one is brought up to date step by step, in memory, when it is read.
 
-A change of the format raises `SCHEMA_VERSION` and adds to `_UPGRADES` a function that turns the version before into the
-new one. A key that readers look up with a default needs neither.
+A change of the format raises `SCHEMA_VERSION` and adds to `_UPGRADES` a function that turns the version before into
+the new one. A key that readers look up with a default needs neither.
 """
 
 import copy
@@ -23,19 +23,22 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RecordError
+from .optimizers import name_rules
 
 
 SCHEMA_VERSION = 2
 """The version that is written.
 
 - 1: the first.
-- 2: a stage says how its visits are known (`visits`), and some of its steps hold a few weights, for a cheap replay.
+- 2: a stage says how its visits are known (`visits`), its optimizer's groups name their rule, and some of its steps
+  hold a few weights, for a cheap replay.
 """
 
 
 def _to_2(data: dict[str, Any]) -> None:
     for stage in data["stages"]:
         stage.setdefault("visits", "recorded")
+        name_rules(stage["optimizer"])
 
 
 _UPGRADES: dict[int, Callable[[dict[str, Any]], None]] = {1: _to_2}

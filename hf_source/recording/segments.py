@@ -13,7 +13,6 @@
 # limitations under the License.
 """Segments of a stage: where they start, and their learning-rate-weighted averages, taken while training runs."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..errors import ConfigError
-from .optimizers import OptimizerDescription, sgd_preconditioner
+from .optimizers import GroupDescription, InverseRootRule, OptimizerDescription
 
 
 # Entries handled at once, per device type: on a CPU what stays in the cache (measured 2 against 23 ns an entry for
@@ -126,10 +125,11 @@ class SegmentAccumulator:
         self.device = torch.device("cpu") if on_cpu else None
         self.group_of = {name: g for g, group in enumerate(description.groups) for name in group.parameters}
         self.theta = {name: self._zeros(p) for name, p in self.parameters.items()}
-        self.scale = {name: self._zeros(p) for name, p in self.parameters.items()} if description.adaptive else {}
+        self.scale = {n: self._zeros(p) for n, p in self.parameters.items() if not self._group(n).how.scalar}
         # Read once: with fused optimizers on a GPU the counter lives there, and reading it at every step would wait.
-        self._updates = {name: self._steps_so_far(p) for name, p in self.parameters.items()}
+        self._updates = {name: self._updates_made(name) for name in self.scale}
         self._bins = list(self._make_bins())
+        self._one_by_one = [n for n in self.scale if not isinstance(self._group(n).how, InverseRootRule)]
         self.reset()
 
     def reset(self) -> None:
@@ -174,33 +174,38 @@ class SegmentAccumulator:
         for group, value in enumerate(learning_rates):
             self.learning_rate_sum_per_group[group] += value
             self.effective_learning_rate_sum_per_group[group] += value * clip_factor
-        if not self.description.adaptive:
-            return
-        updated = {name for name, p in self.parameters.items() if p.grad is not None}
+        updated = {name for name in self.scale if self.parameters[name].grad is not None}
         for name in updated:
             self._updates[name] += 1
         for group, pieces in self._bins:
             weight = learning_rates[group] * clip_factor
-            self._add_preconditioner(group, [piece for piece in pieces if piece[0] in updated], weight)
+            self._add_inverse_roots(group, [piece for piece in pieces if piece[0] in updated], weight)
+        for name in self._one_by_one:
+            weight = learning_rates[self.group_of[name]] * clip_factor
+            if name in updated and weight != 0:
+                self.scale[name].add_(self._preconditioner(name).to(self.scale[name]), alpha=weight)
 
-    def _add_preconditioner(self, group: int, pieces: Sequence[tuple[str, int, int]], weight: float) -> None:
-        """`sum += weight * sign(v) / (sqrt(v / b) + eps)`, `b = 1 - beta2^t`: `preconditioner` of many tensors.
+    def _preconditioner(self, name: str) -> torch.Tensor:
+        group, parameter = self._group(name), self.parameters[name]
+        state = self.optimizer.state[parameter]
+        return group.how.preconditioner(parameter, state, group.constants, self._updates[name])
 
-        Computed as `weight sqrt(b) sign(v) / (sqrt(v) + eps sqrt(b))`, which takes one pass over memory less.
-        """
+    def _add_inverse_roots(self, group: int, pieces: Sequence[tuple[str, int, int]], weight: float) -> None:
+        """`sum += weight * scale * sign(v) / (sqrt(v) + eps)`: `InverseRootRule.preconditioner` of many tensors."""
         if not pieces or weight == 0:
             return
-        constants = self.description.groups[group]
-        second, sums, corrections = [], [], []
+        rule, constants = self.description.groups[group].how, self.description.groups[group].constants
+        second, sums, weights, epsilons = [], [], [], []
         for name, start, stop in pieces:
-            state = self.optimizer.state[self.parameters[name]]["exp_avg_sq"]
-            second.append(_piece(state, start, stop).to(self.scale[name].dtype))
+            moment = rule.second_moment(self.optimizer.state[self.parameters[name]], constants)
+            second.append(_piece(moment, start, stop).to(self.scale[name].dtype))
             sums.append(_piece(self.scale[name], start, stop))
-            corrections.append(math.sqrt(1 - constants.betas[1] ** self._updates[name]))
+            scale, eps = rule.scale_and_eps(constants, self._updates[name])
+            weights.append(weight * scale)
+            epsilons.append(eps)
         denominator = torch._foreach_sqrt(second)
-        torch._foreach_add_(denominator, [constants.eps * correction for correction in corrections])
-        indicator = torch._foreach_sign(second)  # 1, or 0 where no gradient ever came: see `preconditioner`
-        weights = [weight * correction for correction in corrections]
+        torch._foreach_add_(denominator, epsilons)
+        indicator = torch._foreach_sign(second)  # 1, or 0 where no gradient ever came: see `InverseRootRule`
         if self.device is not None:
             torch._foreach_div_(indicator, denominator)
             torch._foreach_mul_(indicator, weights)
@@ -221,14 +226,16 @@ class SegmentAccumulator:
             total = 1.0
         else:
             torch._foreach_div_(list(self.theta.values()), total)
-        if self.description.adaptive:
+        if self.scale:
             torch._foreach_div_(list(self.scale.values()), total)
-            return self.theta, self.scale
-        groups = zip(self.description.groups, self.effective_learning_rate_sum_per_group, strict=True)
-        per_group = [sgd_preconditioner(group) * effective / total for group, effective in groups]
-        return self.theta, {
-            name: torch.tensor(per_group[self.group_of[name]], dtype=value.dtype) for name, value in self.theta.items()
-        }
+        return self.theta, {name: self.scale.get(name, self._scalar(name, total)) for name in self.theta}
+
+    def _scalar(self, name: str, total: float) -> torch.Tensor | None:
+        group, effective = self._group(name), self.effective_learning_rate_sum_per_group[self.group_of[name]]
+        if not group.how.scalar:
+            return None
+        value = group.how.scalar_preconditioner(group.constants) * effective / total
+        return torch.tensor(value, dtype=self.theta[name].dtype)
 
     def scalars(self) -> dict[str, Any]:
         """The segment's learning-rate sums, as they are stored."""
@@ -257,12 +264,17 @@ class SegmentAccumulator:
         dtype = parameter.dtype if parameter.dtype.itemsize >= 4 else torch.float32
         return torch.zeros_like(parameter, dtype=dtype, device=self.device, requires_grad=False)
 
-    def _steps_so_far(self, parameter: torch.nn.Parameter) -> int:
-        return int(self.optimizer.state.get(parameter, {}).get("step", 0)) if self.description.adaptive else 0
+    def _group(self, name: str) -> GroupDescription:
+        return self.description.groups[self.group_of[name]]
+
+    def _updates_made(self, name: str) -> int:
+        return self._group(name).how.updates_made(self.optimizer.state.get(self.parameters[name], {}))
 
     def _make_bins(self) -> Iterator[tuple[int, list[tuple[str, int, int]]]]:
         """Pieces (name, first entry, end entry) of parameters, gathered per group into bins of about one chunk."""
         for index, group in enumerate(self.description.groups):
+            if not isinstance(group.how, InverseRootRule):
+                continue
             pieces: list[tuple[str, int, int]] = []
             filled = 0
             for name in group.parameters:

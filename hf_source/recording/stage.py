@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from ..errors import RecordError
 from .momentum import applied_learning_rate
 from .names import canonical_name
-from .optimizers import sgd_preconditioner
+from .optimizers import OptimizerDescription
 from .steps import StepTable
 from .stored_rows import read_rows
 from .writer import STEP_SCHEMA, stage_folder
@@ -57,6 +57,7 @@ class SegmentRecord:
         self.learning_rate_sum: float = data["learning_rate_sum"]
         self.effective_learning_rate_sum: float = data["effective_learning_rate_sum"]
         self.learning_rate_sum_per_group: list[float] = data["learning_rate_sum_per_group"]
+        self.effective_learning_rate_sum_per_group: list[float] = data["effective_learning_rate_sum_per_group"]
 
     def __repr__(self) -> str:
         return f"SegmentRecord({self.stage.name!r}, {self.index}, steps {self.first_step}-{self.end_step})"
@@ -75,27 +76,22 @@ class SegmentRecord:
     def decay(self) -> dict[str, torch.Tensor]:
         """Weight decay `Lambda` by name, such that `s Lambda` is the fraction of a weight that the segment decays.
 
-        Decoupled (AdamW) and SGD: 0-dim. Coupled with Adam: one value per entry, since the decay passes through `P`
+        Decoupled (AdamW) and SGD: 0-dim. Coupled (Adam): one value per entry, since the decay passes through `P`
         (approximated as the average `P`, which is exact if clipping was constant in the segment).
         """
-        description = self.stage.optimizer
-        total = self.effective_learning_rate_sum
-        scale = self.preconditioner() if description["name"] != "SGD" else {}
+        total, preconditioner = self.effective_learning_rate_sum, self.preconditioner()
+        rates = zip(self.learning_rate_sum_per_group, self.effective_learning_rate_sum_per_group, strict=True)
         decays = {}
-        for group, rate_sum in zip(description["groups"], self.learning_rate_sum_per_group, strict=True):
-            strength = group["weight_decay"]
-            for name in group["parameters"]:
-                dtype = getattr(torch, self.stage.tensor_info[name]["dtype"])
-                dtype = dtype if dtype.itemsize >= 4 else torch.float32
-                if total == 0 or strength == 0:
+        for group, (rate_sum, effective) in zip(self.stage.groups, rates, strict=True):
+            strength = group.weight_decay
+            for name in group.parameters:
+                dtype = preconditioner[name].dtype
+                if effective == 0 or strength == 0:
                     decays[name] = torch.zeros((), dtype=dtype)
-                elif group["decoupled_weight_decay"]:
+                elif group.decoupled_weight_decay:
                     decays[name] = torch.tensor(strength * rate_sum / total, dtype=dtype)
-                elif group["betas"] is None:
-                    step_size = sgd_preconditioner(group)
-                    decays[name] = torch.tensor(strength * step_size * rate_sum / total, dtype=dtype)
                 else:
-                    decays[name] = scale[name] * (strength * self.learning_rate_sum / total)
+                    decays[name] = preconditioner[name] * (strength * rate_sum / effective)
         return decays
 
     def objective_scale(self) -> float:
@@ -123,7 +119,7 @@ class SegmentRecord:
         that momentum still carries count here, and what this segment's momentum carries on counts later.
         """
         steps = self.stage.steps()
-        group = next(group for group in self.stage.optimizer["groups"] if group["parameters"])
+        group = next(group for group in self.stage.groups if group.parameters)
         before = (self.stage.data.get("optimizer_start") or {}).get("updates", 0)
         rates = applied_learning_rate(
             group, steps.reference_learning_rate, steps.skipped, self.first_step, self.end_step, before
@@ -168,6 +164,7 @@ class StageRecord:
         self.tensor_info: dict[str, dict] = {**data["trainable"], **data["frozen_parameters"]}
         self.dataset: dict[str, Any] = data["dataset"]
         self.optimizer: dict[str, Any] = data["optimizer"]
+        self.groups = OptimizerDescription.from_dict(self.optimizer).groups
         self.loss: dict[str, Any] = data["loss"]
         self.model: dict[str, Any] = data["model"]
         self.training: dict[str, Any] = data["training"]
@@ -195,7 +192,7 @@ class StageRecord:
                 f"The steps of stage '{self.name}' in {self.path / 'steps'} are not 0 to {self.num_steps - 1}: a file "
                 "is missing or was changed. Restore the folder from a copy, or train the stage again."
             )
-        groups = [g for g, group in enumerate(self.optimizer["groups"]) if group["parameters"]]
+        groups = [g for g, group in enumerate(self.groups) if group.parameters]
         return StepTable(table, groups)
 
     def require_complete(self) -> None:

@@ -58,7 +58,7 @@ def test_sgd_preconditioner_is_the_total_effect_of_one_gradient(constants):
                 parameter.grad += bump * impulse
             optimizer.step()
         ends.append(parameter.detach().clone())
-    found = preconditioner(parameter, optimizer.state[parameter], optimizer.param_groups[0])
+    found = preconditioner(optimizer, parameter)
     assert found.ndim == 0
     torch.testing.assert_close(ends[1] - ends[0], -0.1 * found * impulse, rtol=1e-9, atol=1e-12)
 
@@ -74,17 +74,17 @@ def test_adam_preconditioner_is_the_step_of_adam_without_momentum(kind, flags):
         before = [p.detach().clone() for p in parameters]
         optimizer.step()
         for old, parameter in zip(before, parameters, strict=True):
-            scale = preconditioner(parameter, optimizer.state[parameter], optimizer.param_groups[0])
+            scale = preconditioner(optimizer, parameter)
             torch.testing.assert_close(parameter.detach() - old, -0.01 * scale * parameter.grad, rtol=1e-7, atol=1e-12)
 
 
 def test_entries_that_never_had_a_gradient_have_no_preconditioner():
     (parameter,) = weights((3,))
     optimizer = Adam([parameter], lr=0.1)
-    assert preconditioner(parameter, optimizer.state[parameter], optimizer.param_groups[0]).eq(0).all()
+    assert preconditioner(optimizer, parameter).eq(0).all()
     parameter.grad = torch.tensor([0.0, 1.0, -1e-3], dtype=torch.float64)
     optimizer.step()
-    found = preconditioner(parameter, optimizer.state[parameter], optimizer.param_groups[0])
+    found = preconditioner(optimizer, parameter)
     torch.testing.assert_close(found, torch.tensor([0.0, 1.0, 1e3], dtype=torch.float64), rtol=1e-4, atol=0)
 
 
@@ -121,7 +121,7 @@ def test_accumulated_preconditioner_is_the_weighted_sum(monkeypatch, chunk, on_c
         for name, parameter in zip(names, parameters, strict=True):
             if parameter.grad is not None:
                 group = 0 if name in "ab" else 1
-                scale = preconditioner(parameter, optimizer.state[parameter], optimizer.param_groups[group])
+                scale = preconditioner(optimizer, parameter)
                 expected[name] += rate[group] * clip * scale
     theta, scale = accumulator.close()
     assert accumulator.effective_learning_rate_sum == pytest.approx(total)
@@ -171,13 +171,24 @@ def test_half_precision_is_summed_in_float32():
         lambda p: torch.optim.RMSprop(p),
         lambda p: torch.optim.Adafactor(p),
         lambda p: type("MyAdam", (Adam,), {})(p),
-        lambda p: AdamW(p, amsgrad=True),
-        lambda p: SGD(p, lr=0.1, maximize=True),
     ],
 )
 def test_other_optimizers_are_refused_with_the_list_of_supported_ones(optimizer):
     parameters = weights((3,))
     with pytest.raises(UnsupportedError, match=r"torch\.optim\.SGD, torch\.optim\.Adam, torch\.optim\.AdamW"):
+        describe_optimizer(optimizer(parameters), {parameters[0]: "a"})
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (lambda p: AdamW(p, amsgrad=True), "maximum over the past. Set amsgrad=False"),
+        (lambda p: SGD(p, lr=0.1, maximize=True), r"SGD\(maximize=True\) cannot be attributed: it climbs the loss"),
+    ],
+)
+def test_flags_that_change_the_update_are_refused(optimizer, message):
+    parameters = weights((3,))
+    with pytest.raises(UnsupportedError, match=message):
         describe_optimizer(optimizer(parameters), {parameters[0]: "a"})
 
 

@@ -1,0 +1,122 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Optimizers: what their updates do to each parameter, described, averaged and built again.
+
+One rule per family (`sgd.py`, `adam.py`, ...); `registry.py` lists them. A group of parameters is described by the
+rule's name and its constants, so one optimizer may follow several rules.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+
+from ...errors import UnsupportedError
+from .description import GroupDescription, OptimizerDescription, name_rules
+from .registry import RULES, name_of, rule_named, supported
+from .rule import InverseRootRule, Rule, Shares
+
+
+__all__ = [
+    "RULES",
+    "GroupDescription",
+    "InverseRootRule",
+    "OptimizerDescription",
+    "Rule",
+    "Shares",
+    "build_optimizer",
+    "describe_optimizer",
+    "name_rules",
+    "preconditioner",
+    "rule_named",
+    "supported",
+    "unwrap_optimizer",
+]
+
+
+def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside Accelerate's wrapper."""
+    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+
+
+def describe_optimizer(optimizer: Any, names: Mapping[torch.nn.Parameter, str]) -> OptimizerDescription:
+    """Describe an optimizer by what its update does to each parameter.
+
+    Args:
+        optimizer: a torch optimizer, or Accelerate's wrapper of one.
+        names: name of every parameter of the model. Parameters that need no gradient are left out of the groups.
+
+    Raises:
+        UnsupportedError: if the update is not known to be `lr * P * g` with a known `P`.
+    """
+    optimizer = unwrap_optimizer(optimizer)
+    name = name_of(optimizer)
+    groups = [_describe_group(optimizer, name, group, names) for group in optimizer.param_groups]
+    return OptimizerDescription(name=type(optimizer).__name__, groups=groups)
+
+
+def _describe_group(
+    optimizer: torch.optim.Optimizer, name: str, group: Mapping[str, Any], names: Mapping[torch.nn.Parameter, str]
+) -> GroupDescription:
+    unknown = sum(parameter not in names for parameter in group["params"])
+    if unknown:
+        raise UnsupportedError(
+            f"The optimizer trains {unknown} parameter(s) that are not in the model, so their training cannot be "
+            "recorded. Build the optimizer from `model.parameters()`, or make them part of the model."
+        )
+    rule = rule_named(name)
+    return GroupDescription(
+        rule=name,
+        parameters=[names[parameter] for parameter in group["params"] if parameter.requires_grad],
+        weight_decay=float(group["weight_decay"]),
+        decoupled_weight_decay=rule.decoupled(name, group),
+        constants=rule.describe(name, optimizer, group),
+    )
+
+
+def preconditioner(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """`P` of the update just made, for one parameter; read it after `optimizer.step()`.
+
+    Returns:
+        A tensor of the parameter's shape, or a 0-dim tensor (SGD). See the rule of the optimizer.
+    """
+    for group in optimizer.param_groups:
+        if any(parameter is one for one in group["params"]):
+            name = name_of(optimizer)
+            rule, state = rule_named(name), optimizer.state.get(parameter, {})
+            constants = rule.describe(name, optimizer, group)
+            return rule.preconditioner(parameter, state, constants, rule.updates_made(state))
+    raise ValueError("the optimizer does not train this parameter")
+
+
+def build_optimizer(
+    description: OptimizerDescription, parameters: Mapping[str, torch.nn.Parameter]
+) -> torch.optim.Optimizer:
+    """An optimizer that makes the described updates; learning rates start at 0 and are set step by step."""
+    groups = [
+        {
+            "params": [parameters[name] for name in group.parameters],
+            "lr": 0.0,
+            "weight_decay": group.weight_decay,
+            **group.constants,
+        }
+        for group in description.groups
+    ]
+    name = description.groups[0].rule
+    optimizer = rule_named(name).build(name, groups)
+    for built, group in zip(optimizer.param_groups, description.groups, strict=True):
+        if "decoupled_weight_decay" in built:
+            built["decoupled_weight_decay"] = group.decoupled_weight_decay
+    return optimizer
