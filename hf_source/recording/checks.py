@@ -40,16 +40,7 @@ def refuse_unsupported(trainer: Any) -> None:
             f"label_smoothing_factor={args.label_smoothing_factor} trains another loss than the log-likelihood that "
             "is attributed. Set label_smoothing_factor=0."
         )
-    if args.world_size > 1 or args.n_gpu > 1:
-        raise UnsupportedError(
-            f"Recording works in one process on one device for now, this run has {max(args.world_size, args.n_gpu)}. "
-            "Start it with `python` (not `torchrun`) and one visible GPU (CUDA_VISIBLE_DEVICES=0)."
-        )
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise UnsupportedError(
-            "DeepSpeed and FSDP shard the weights and the optimizer, which recording cannot read yet. Train without "
-            "`deepspeed=` and `fsdp=`."
-        )
+    _refuse_ways_to_share(trainer)
     if args.fp16 or trainer.accelerator.mixed_precision not in ("no", "bf16"):
         raise UnsupportedError(
             "fp16 (or fp8) training scales losses and skips steps, which recording cannot follow yet. Use bf16=True, "
@@ -83,6 +74,49 @@ def _refuse_compiled(model: torch.nn.Module) -> None:
         raise UnsupportedError(
             "The model was compiled before the trainer took it, so the trainer cannot see which inputs it takes and "
             "drops them. Pass the plain model, and set torch_compile=True."
+        )
+
+
+_DATA_PARALLEL = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_SDAA")
+
+
+def _refuse_ways_to_share(trainer: Any) -> None:
+    """Processes may share the rows of a step; other ways of sharing the work are refused."""
+    args, accelerator = trainer.args, trainer.accelerator
+    if args.n_gpu > 1:
+        raise UnsupportedError(
+            f"One process drives {args.n_gpu} GPUs (nn.DataParallel), where the loss of a row depends on which GPU it "
+            "came to. Start the script with `accelerate launch` (or `torchrun --nproc_per_node`), one process per "
+            "GPU, or show it one GPU (CUDA_VISIBLE_DEVICES=0)."
+        )
+    if trainer.is_deepspeed_enabled:
+        raise UnsupportedError(
+            "DeepSpeed updates the weights inside the training step and keeps them in buffers of its own, where "
+            "recording cannot follow. Leave `deepspeed=` out and train with plain data parallelism (`accelerate "
+            "launch`)."
+        )
+    if trainer.is_fsdp_enabled:
+        raise UnsupportedError(
+            "FSDP shards the weights and the optimizer, which recording cannot read yet. Leave `fsdp=` out and train "
+            "with plain data parallelism (`accelerate launch`)."
+        )
+    kind = str(getattr(accelerator.distributed_type, "name", accelerator.distributed_type))
+    shared = [size() for size in (trainer.get_tp_size, trainer.get_cp_size, trainer.get_sp_size)]
+    if kind not in _DATA_PARALLEL or max(shared) > 1 or trainer.is_distributed_loading_by_transformers:
+        raise UnsupportedError(
+            f"The processes share the work in a way that recording does not know ({kind}; tensor, context and "
+            f"sequence parallel sizes {shared}): several of them may see the same rows. Use data parallelism only, "
+            "with `accelerate launch` and without parallelism_config or a tensor-parallel plan."
+        )
+    if args.world_size > 1 and getattr(args, "enable_jit_checkpoint", False):
+        raise UnsupportedError(
+            "enable_jit_checkpoint saves when the signal reaches a process, which may be at another step on each, so "
+            "their rows cannot be put together. Set enable_jit_checkpoint=False and save often (save_steps)."
+        )
+    if args.world_size > 1 and args.auto_find_batch_size:
+        raise UnsupportedError(
+            "auto_find_batch_size starts again where memory ran out, which may be one process of several. Set "
+            "auto_find_batch_size=False and a per_device_train_batch_size that fits."
         )
 
 

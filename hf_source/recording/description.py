@@ -75,6 +75,7 @@ def describe_training(trainer: Any) -> dict[str, Any]:
         "epochs": float(args.num_train_epochs),
         "max_steps": trainer.state.max_steps,
         "per_device_train_batch_size": trainer.state.train_batch_size,
+        "num_processes": args.world_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "max_grad_norm": float(args.max_grad_norm or 0.0),
         "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),

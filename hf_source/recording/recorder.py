@@ -14,6 +14,7 @@
 """The recorder of one stage: takes what each optimizer step did and turns it into files.
 
 A step arrives in pieces, in this order: `add_micro_batch` (once per micro-batch), `before_update`, `after_update`.
+With several processes, each has a recorder; the main process writes what they gather (see `processes.py`).
 """
 
 import json
@@ -26,6 +27,7 @@ from safetensors.torch import load_file
 
 from ..errors import RecordError, UnsupportedError
 from .optimizers import describe_optimizer
+from .processes import Processes
 from .segments import SegmentAccumulator
 from .writer import RecordWriter, file_entry, write_json, write_tensors
 
@@ -43,6 +45,11 @@ class StageRecorder:
         accumulator: sums of the running segment.
         segment_starts: first step of every planned segment.
         names: name of every parameter of the model.
+        processes: the processes that train together.
+
+    Attributes:
+        merge_processes: whether losses are divided by loss items counted over all processes, so that what the
+            processes ran at the same time is one micro-batch.
     """
 
     def __init__(
@@ -51,7 +58,10 @@ class StageRecorder:
         accumulator: SegmentAccumulator,
         segment_starts: Sequence[int],
         names: Mapping[torch.nn.Parameter, str],
+        processes: Processes,
     ) -> None:
+        self.processes = processes
+        self.merge_processes = True
         self.writer = writer
         self.accumulator = accumulator
         self.names = names
@@ -104,7 +114,7 @@ class StageRecorder:
 
     def flush(self) -> None:
         """Write the complete steps that are still in memory."""
-        self._refuse_changed_constants()
+        self.processes.agree(self._refuse_changed_constants)
         for step in self._steps:
             step["micro_batches"] = [
                 {
@@ -114,16 +124,20 @@ class StageRecorder:
                 }
                 for batch in step["micro_batches"]
             ]
-        self.writer.add_steps(self._steps)
-        self._steps = []
+        steps, self._steps = self.processes.gather_steps(self._steps, self.merge_processes), []
         self.writer.stage["num_steps"] = self.step
-        self.writer.commit()
+
+        def write() -> None:
+            self.writer.add_steps(steps)
+            self.writer.commit()
+
+        self.processes.agree(write, main_only=True)
 
     def finish(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Close the stage with its final weights."""
         if self.step > self._segment_start:
             self._close_segment()
-        self.writer.add_tensors("final.safetensors", weights)
+        self.processes.agree(lambda: self.writer.add_tensors("final.safetensors", weights), main_only=True)
         self.writer.stage["status"] = "complete"
         self.flush()
 
@@ -131,6 +145,10 @@ class StageRecorder:
         """Write to a checkpoint folder what resuming from it needs."""
         self.flush()
         tensors, scalars = self.accumulator.state()
+        self.processes.agree(lambda: self._write_sidecar(folder, tensors, scalars), main_only=True)
+
+    def _write_sidecar(self, folder: Path, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / f"{SIDECAR}.safetensors", tensors)
         state = {
             "run_id": self.writer.stage["run_id"],
@@ -145,14 +163,20 @@ class StageRecorder:
 
     def go_back(self, folder: Path) -> None:
         """Continue from a checkpoint: the record forgets what came after it."""
-        state = read_sidecar(folder)
-        self.accumulator.load_state(load_file(folder / f"{SIDECAR}.safetensors"), state["sums"])
+        state = self.processes.agree(lambda: read_sidecar(folder), main_only=True)
+        if self.processes.is_main:
+            self.accumulator.load_state(load_file(folder / f"{SIDECAR}.safetensors"), state["sums"])
         self.step = self.first_step = state["step"]
         self.segment_starts = state["segment_starts"]
         self._segment_start = state["segment_start"]
         self._micro_batches, self._steps = [], []
         self.writer.stage["num_steps"] = self.step
-        self.writer.cut_back(self.step, self._segment_start)
+
+        def cut_back() -> dict[str, Any]:
+            self.writer.cut_back(self.step, self._segment_start)
+            return self.writer.stage
+
+        self.writer.stage = self.processes.agree(cut_back, main_only=True)
 
     def restart(self, segment_starts: Sequence[int], training: dict[str, Any]) -> None:
         """Go on where an attempt ended, as the beginning of a new run.
@@ -173,8 +197,12 @@ class StageRecorder:
         index = len(self.writer.stage["segments"])
         scalars = self.accumulator.scalars()
         parameters, scale = self.accumulator.close()
-        self.writer.add_tensors(f"segments/{index}/parameters.safetensors", parameters)
-        self.writer.add_tensors(f"segments/{index}/preconditioner.safetensors", scale)
+
+        def write() -> None:
+            self.writer.add_tensors(f"segments/{index}/parameters.safetensors", parameters)
+            self.writer.add_tensors(f"segments/{index}/preconditioner.safetensors", scale)
+
+        self.processes.agree(write, main_only=True)
         self.writer.stage["segments"].append({"first_step": self._segment_start, "end_step": self.step, **scalars})
         self._segment_start = self.step
         self.accumulator.reset()

@@ -14,6 +14,7 @@
 """Segments of a stage: where they start, and their learning-rate-weighted averages, taken while training runs."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -291,6 +292,28 @@ class SegmentAccumulator:
                     filled += stop - start
             if pieces:
                 yield index, pieces
+
+
+class NoSums(SegmentAccumulator):
+    """Stands in for the accumulator on a process whose weights another process sums up: it keeps no tensor."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        description: OptimizerDescription,
+        on_cpu: bool = False,
+    ) -> None:
+        nothing = replace(description, groups=[replace(group, parameters=[]) for group in description.groups])
+        super().__init__({}, optimizer, nothing, on_cpu)
+        self.description = description
+
+    def before_update(self, learning_rate: float, clip_factor: float) -> None:
+        """Nothing."""
+
+    def close(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """No tensors."""
+        return {}, {}
 
 
 def _piece(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:

@@ -25,9 +25,10 @@ from ..errors import RecordError, UnsupportedError
 from .config import RecordingOptions
 from .description import continues, describe_stage, describe_training, save_frozen, save_model_files, save_tokenizer
 from .optimizers import OptimizerDescription, describe_optimizer, unwrap_optimizer
+from .processes import Processes
 from .record import TrainingRecord
 from .recorder import StageRecorder, read_sidecar
-from .segments import SegmentAccumulator, plan_segments, scheduled_learning_rates
+from .segments import NoSums, SegmentAccumulator, plan_segments, scheduled_learning_rates
 from .stored_rows import write_rows
 from .warm import save_optimizer_state
 from .writer import RecordWriter
@@ -36,13 +37,16 @@ from .writer import RecordWriter
 logger = get_logger(__name__)
 
 
-def start_recorder(trainer: Any, options: RecordingOptions, resume_folder: Path | None) -> StageRecorder:
+def start_recorder(
+    trainer: Any, options: RecordingOptions, resume_folder: Path | None, processes: Processes
+) -> StageRecorder:
     """The recorder of a run whose optimizer and scheduler exist, and which has not made its first step.
 
     Args:
         trainer: the trainer, ready to train.
         options: where and how to record.
         resume_folder: checkpoint that the trainer has loaded, if it resumes.
+        processes: the processes that train together; all of them start here.
 
     Raises:
         UnsupportedError: if the optimizer cannot be described.
@@ -50,31 +54,61 @@ def start_recorder(trainer: Any, options: RecordingOptions, resume_folder: Path 
     """
     names = {parameter: name for name, parameter in trainer.model.named_parameters()}
     optimizer = unwrap_optimizer(trainer.optimizer)
+    description, stage = processes.agree(lambda: _describe(trainer, options, names))
+    _refuse_other_rows(stage, processes)
+    trained = {name for group in description.groups for name in group.parameters}
+    parameters = {name: p for name, p in trainer.model.named_parameters() if name in trained}
+
+    def stage_entry() -> dict[str, Any]:
+        if resume_folder is not None:
+            return _resumed_stage(options, stage, resume_folder).stage
+        stage["planned_segment_starts"] = _plan_segments(trainer, options, description)
+        writer = _new_stage(trainer, options, stage, parameters)
+        _store_moments(optimizer, names, writer)
+        return writer.stage
+
+    writer = RecordWriter(Path(options.record_dir), processes.agree(stage_entry, main_only=True))
+    # Every process has the same weights and optimizer, so one keeps the sums.
+    kind = SegmentAccumulator if processes.is_main else NoSums
+    accumulator = kind(parameters, optimizer, description, options.record_averages_on_cpu)
+    recorder = StageRecorder(writer, accumulator, writer.stage["planned_segment_starts"], names, processes)
+    if resume_folder is not None:
+        recorder.go_back(resume_folder)
+    return recorder
+
+
+def _describe(
+    trainer: Any, options: RecordingOptions, names: Mapping[torch.nn.Parameter, str]
+) -> tuple[OptimizerDescription, dict[str, Any]]:
+    """The optimizer, and the stage's entry of `record.json`."""
+    optimizer = unwrap_optimizer(trainer.optimizer)
     description = describe_optimizer(optimizer, names)
     trained = {name for group in description.groups for name in group.parameters}
     if not trained:
         raise UnsupportedError("The optimizer trains no parameter: set requires_grad on what should train.")
-    parameters = {name: p for name, p in trainer.model.named_parameters() if name in trained}
-    stage = describe_stage(trainer, options, description)
-    if resume_folder is None:
-        stage["planned_segment_starts"] = _plan_segments(trainer, options, description)
-        writer = _new_stage(trainer, options, stage, parameters)
-        if optimizer.state:
-            if not writer.stage["continues_parent"]:
-                logger.warning(
-                    f"The optimizer of stage '{options.stage}' carries moments of training that the record does not "
-                    "hold. They are stored, but rows of that training cannot be credited for what they still move. To "
-                    "record both runs of one trainer, set another `args.stage` before the second train()."
-                )
-            save_optimizer_state(optimizer, names, writer)
-            writer.commit()
-    else:
-        writer = _resumed_stage(options, stage, resume_folder)
-    accumulator = SegmentAccumulator(parameters, optimizer, description, options.record_averages_on_cpu)
-    recorder = StageRecorder(writer, accumulator, writer.stage["planned_segment_starts"], names)
-    if resume_folder is not None:
-        recorder.go_back(resume_folder)
-    return recorder
+    return description, describe_stage(trainer, options, description)
+
+
+def _store_moments(optimizer: Any, names: Mapping[torch.nn.Parameter, str], writer: RecordWriter) -> None:
+    """Keep the moments that the optimizer brings from earlier training."""
+    if not optimizer.state:
+        return
+    if not writer.stage["continues_parent"]:
+        logger.warning(
+            f"The optimizer of stage '{writer.stage['name']}' carries moments of training that the record does not "
+            "hold. They are stored, but rows of that training cannot be credited for what they still move. To "
+            "record both runs of one trainer, set another `args.stage` before the second train()."
+        )
+    save_optimizer_state(optimizer, names, writer)
+    writer.commit()
+
+
+def _refuse_other_rows(stage: Mapping[str, Any], processes: Processes) -> None:
+    processes.refuse_differences(
+        stage["dataset"],
+        "The processes were given different training sets, so a row number would mean another row on each. Give every "
+        "process the whole dataset, in the same order; the Trainer shares its rows out.",
+    )
 
 
 def restart_recorder(
@@ -92,7 +126,7 @@ def restart_recorder(
         UnsupportedError: if weights and optimizer no longer belong together.
     """
     if recorder.step == recorder.first_step:  # nothing was trained: as if it had never begun
-        return start_recorder(trainer, options, resume_folder)
+        return start_recorder(trainer, options, resume_folder, recorder.processes)
     if resume_folder is not None or recorder.inside_update:
         where = "in an update" if recorder.inside_update else "after resuming"
         raise UnsupportedError(

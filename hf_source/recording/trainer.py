@@ -30,6 +30,7 @@ from .checks import refuse_unsupported, warn_about_resuming
 from .config import RecordingOptions, SourceConfig
 from .models import context_length, is_causal_lm
 from .precision import clip_factor
+from .processes import Processes
 from .recorder import StageRecorder, read_sidecar
 from .rows import RowCollator, RowDataset, with_row_numbers
 from .start import last_checkpoint, refuse_existing_stage, restart_recorder, start_recorder
@@ -158,7 +159,11 @@ class RecordingMixin:
             )
         loss = self._recorder.writer.stage["loss"]
         loss["normalization"] = "tokens" if scaled else "micro_batch_mean"
-        return num_items_in_batch if scaled else items * self.current_gradient_accumulation_steps
+        normalizer = num_items_in_batch if scaled else items * self.current_gradient_accumulation_steps
+        # Gradients are averaged over processes. Trainer.compute_loss undoes that where it counted items over all.
+        counted_over_all = scaled and self.args.average_tokens_across_devices
+        self._recorder.merge_processes = counted_over_all
+        return normalizer if counted_over_all else normalizer * self.args.world_size
 
     def _get_grad_norm(self, model, grad_norm=None):
         self._grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -178,18 +183,19 @@ class RecordingMixin:
 
     def train(self, resume_from_checkpoint=None, trial=None, **kwargs):
         """The parent's, recorded. See `Trainer.train`; resuming continues the record as well."""
-        options = RecordingOptions.from_args(self.args)
-        refuse_unsupported(self)
+        processes = self._processes = Processes()
+        options = processes.agree(lambda: RecordingOptions.from_args(self.args))
+        processes.agree(lambda: refuse_unsupported(self))
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = processes.agree(lambda: last_checkpoint(self.args.output_dir), main_only=True)
         self._resume_folder = None
         if isinstance(resume_from_checkpoint, (str, Path)):
             self._resume_folder = Path(resume_from_checkpoint)
-            read_sidecar(self._resume_folder)
+            processes.agree(lambda: read_sidecar(self._resume_folder), main_only=True)
             warn_about_resuming(self)
         else:
-            refuse_existing_stage(options)
-        self._number_rows_again()
+            processes.agree(lambda: refuse_existing_stage(options), main_only=True)
+        processes.agree(self._number_rows_again)
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, trial=trial, **kwargs)
         finally:
@@ -214,7 +220,7 @@ class RecordingMixin:
     def _start_recording(self) -> None:
         options = RecordingOptions.from_args(self.args)
         if self._recorder is None:
-            self._recorder = start_recorder(self, options, self._resume_folder)
+            self._recorder = start_recorder(self, options, self._resume_folder, self._processes)
         else:  # the Trainer starts anew after running out of memory
             self._recorder = restart_recorder(self, options, self._resume_folder, self._recorder)
 
@@ -223,16 +229,17 @@ class RecordingMixin:
         wanted = not self.args.save_only_model or self.args.load_best_model_at_end
         if self._recorder is not None and wanted:
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
             self._recorder.save_sidecar(folder)
         super()._save_checkpoint(model, trial)
 
     def _finish_recording(self) -> None:
         recorder = self._recorder
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
-        if best is not None and read_sidecar(Path(best))["step"] < recorder.step:
-            # The model now has the best checkpoint's weights: the steps after it are no part of how it came to be.
-            recorder.go_back(Path(best))
+        if best is not None:
+            step = self._processes.agree(lambda: read_sidecar(Path(best))["step"], main_only=True)
+            if step < recorder.step:
+                # The model now has the best checkpoint's weights: the steps after it are not how it came to be.
+                recorder.go_back(Path(best))
         recorder.finish(recorder.accumulator.parameters)
         logger.info(f"Training record of stage '{recorder.writer.stage['name']}' is complete: {recorder.writer.root}")
 

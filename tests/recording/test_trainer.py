@@ -300,8 +300,7 @@ def test_streams_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("attribute", "value", "message"),
     [
-        ("world_size", 2, "one process"),
-        ("n_gpu", 2, "CUDA_VISIBLE_DEVICES=0"),
+        ("n_gpu", 2, "accelerate launch.*CUDA_VISIBLE_DEVICES=0"),
         ("fp16", True, "bf16=True"),
     ],
 )
@@ -313,11 +312,26 @@ def test_settings_that_this_machine_cannot_make_are_refused(tmp_path, monkeypatc
         run.train()
 
 
-@pytest.mark.parametrize("backend", ["is_deepspeed_enabled", "is_fsdp_enabled"])
-def test_sharded_training_is_refused(tmp_path, backend):
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("is_deepspeed_enabled", "DeepSpeed .*plain data parallelism"),
+        ("is_fsdp_enabled", "FSDP .*plain data parallelism"),
+        ("is_distributed_loading_by_transformers", "may see the same rows.*Use data parallelism only"),
+    ],
+)
+def test_sharded_training_is_refused(tmp_path, backend, message):
     run = SourceTrainer(tiny_llama(), config(tmp_path), train_dataset=random_rows())
     setattr(run, backend, True)
-    with pytest.raises(UnsupportedError, match="DeepSpeed and FSDP"):
+    with pytest.raises(UnsupportedError, match=message):
+        run.train()
+
+
+@pytest.mark.parametrize("size", ["get_tp_size", "get_cp_size", "get_sp_size"])
+def test_processes_that_see_the_same_rows_are_refused(tmp_path, size):
+    run = SourceTrainer(tiny_llama(), config(tmp_path), train_dataset=random_rows())
+    setattr(run, size, lambda: 2)
+    with pytest.raises(UnsupportedError, match="may see the same rows.*Use data parallelism only"):
         run.train()
 
 

@@ -1,0 +1,150 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Two processes leave the record that one process leaves of the same global batches."""
+
+import builtins
+import re
+
+import numpy as np
+import pytest
+import torch
+from cases import distance, random_rows, tiny_gpt2
+
+from hf_source.recording import TrainingRecord, replay
+
+from .launching import endings, launch
+from .two_runs import CASES, even_rows, mean_loss_llama
+
+
+ROWS = {"uneven": random_rows(22), "drop_last": random_rows(22), "dispatched": even_rows(22)}
+MODELS = {"tied": tiny_gpt2, "mean_loss": mean_loss_llama}
+
+RECORDED = ("run", "tied", "local_counts", "mean_loss", "sgd_on_cpu", "uneven", "drop_last", "dispatched", "split")
+RECORDED += ("by_length",)
+REFUSED = {
+    "other_rows": ("RecordError", "different training sets.*Give every process the whole dataset"),
+    "one_refuses": ("UnsupportedError", "Rprop cannot be attributed"),
+    "on_signal": ("UnsupportedError", "Set enable_jit_checkpoint=False"),
+    "finds_batch_size": ("UnsupportedError", "Set auto_find_batch_size=False"),
+    "exists": ("RecordError", "has a stage 'train' already .complete, 2 steps"),
+}
+EQUAL = ("run", "tied", "sgd_on_cpu", "dispatched", "split")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Folder of every case, run by two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    launch("two_runs.py", folder, *RECORDED, *REFUSED, "disk_is_full")
+    return folder
+
+
+def assert_same_run(one, two):
+    """Steps equal, micro-batches and their rows in order included; tensors equal to the rounding of float64 sums."""
+    first, second = one.steps(), two.steps()
+    assert first.micro_batches == second.micro_batches
+    for field in ("step", "epoch", "learning_rate", "skipped"):
+        np.testing.assert_array_equal(getattr(first, field), getattr(second, field), err_msg=field)
+    for field in ("grad_norm", "clip_factor"):
+        np.testing.assert_allclose(getattr(first, field), getattr(second, field), rtol=1e-12, err_msg=field)
+    assert len(one.segments) == len(two.segments)
+    for a, b in zip(one.segments, two.segments, strict=True):
+        assert (a.first_step, a.end_step) == (b.first_step, b.end_step)
+        np.testing.assert_allclose(a.effective_learning_rate_sum, b.effective_learning_rate_sum, rtol=1e-12)
+        assert_close(a.parameters(), b.parameters())
+        # P = 1 / (sqrt(v) + eps) magnifies the rounding of gradients near 0.
+        assert_close(a.preconditioner(), b.preconditioner(), 1e-9)
+    for which in ("initial", "final"):
+        assert_close(one.weights(which), two.weights(which))
+
+
+def assert_close(first, second, relative=1e-12):
+    size = distance(first, {name: torch.zeros_like(tensor) for name, tensor in first.items()})
+    assert distance(first, second) <= relative * size
+
+
+@pytest.mark.parametrize("case", RECORDED)
+def test_the_record_of_two_processes_replays(two, case):
+    """In one process, from the record alone: every row, normalizer, rate and clip factor is the real one."""
+    assert endings(two / case) == [None, None]
+    record = TrainingRecord.load(two / case / "record")
+    assert record.verify() == []
+    stage = record.stage()
+    assert stage.training["num_processes"] == 2
+    model = MODELS[case]() if case == "mean_loss" else None
+    again = replay(stage, ROWS.get(case, random_rows(24)), model=model)
+    final = stage.weights("final")
+    moved = distance(stage.weights("initial"), final)
+    assert moved > 0.1
+    assert distance({name: p.detach() for name, p in again.named_parameters()}, final) <= 1e-9 * moved
+
+
+@pytest.mark.parametrize("case", EQUAL)
+def test_the_record_is_that_of_one_process(two, tmp_path, case):
+    CASES[case](tmp_path)
+    one, both = (TrainingRecord.load(folder / "record").stage() for folder in (tmp_path, two / case))
+    assert_same_run(one, both)
+
+
+def batches(folder):
+    return TrainingRecord.load(folder / "record").stage().steps().micro_batches
+
+
+def test_rows_repeated_to_fill_the_last_batch_count_again(two, tmp_path):
+    """22 rows are 5 whole batches of 4 and one of 2, which Accelerate fills with the epoch's first rows."""
+    CASES["uneven"](tmp_path)
+    alone, both = batches(tmp_path), batches(two / "uneven")
+    first, rows = alone[0][0].rows, both[2][1].rows
+    assert rows == alone[2][1].rows + first[:2] and len(alone[2][1].rows) == 2
+    counts = TrainingRecord.load(two / "uneven" / "record").stage().segments
+    assert sum(segment.num_visits().sum() for segment in counts) == 3 * 24
+
+
+def test_the_last_batch_is_dropped_if_asked(two):
+    assert all(len(batch.rows) == 4 for step in batches(two / "drop_last") for batch in step)
+    assert sum(len(batch.rows) for step in batches(two / "drop_last") for batch in step) == 3 * 20
+
+
+def test_counts_of_one_process_stay_apart(two):
+    """Each process divides by its own items, then gradients are averaged over the two."""
+    items = 0
+    for step in batches(two / "local_counts"):
+        assert len(step) == 4  # 2 processes x 2 micro-batches, process by process within each
+        for rank in range(2):
+            own = step[rank::2]
+            assert {batch.normalizer for batch in own} == {2 * sum(batch.items for batch in own)}
+        items += sum(batch.items for batch in step)
+    assert items == sum(batch.items for step in batches(two / "run") for batch in step)
+
+
+def test_means_over_the_micro_batch_stay_apart(two):
+    for step in batches(two / "mean_loss"):
+        assert [len(batch.rows) for batch in step] == [2, 2, 2, 2]
+        assert all(batch.normalizer == batch.items * 2 * 2 for batch in step)
+
+
+# ---- What one process refuses, all refuse ----
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_every_process_raises(two, case):
+    kind, message = REFUSED[case]
+    for found in endings(two / case):
+        assert found[0] == kind and re.search(message, found[1])
+
+
+def test_a_disk_that_is_full_stops_every_process(two):
+    (kind, message), other = endings(two / "disk_is_full")
+    assert issubclass(getattr(builtins, kind), OSError)
+    assert other == ["RuntimeError", f"Another process stopped with {kind}: {message}"]
