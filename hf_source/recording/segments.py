@@ -198,12 +198,19 @@ class SegmentAccumulator:
         rule, constants = self.description.groups[group].how, self.description.groups[group].constants
         second, sums, weights, epsilons = [], [], [], []
         for name, start, stop in pieces:
-            moment = rule.second_moment(self.optimizer.state[self.parameters[name]], constants)
-            second.append(_piece(moment, start, stop).to(self.scale[name].dtype))
-            sums.append(_piece(self.scale[name], start, stop))
+            total = _piece(self.scale[name], start, stop)
             scale, eps = rule.scale_and_eps(constants, self._updates[name])
+            if eps is None:
+                total.add_(weight * scale)
+                continue
+            state = self.optimizer.state[self.parameters[name]]
+            moments = [_piece(state[moment], start, stop) for moment in rule.moments(constants)]
+            second.append(rule.second_moment(moments).to(total.dtype))
+            sums.append(total)
             weights.append(weight * scale)
             epsilons.append(eps)
+        if not second:
+            return
         denominator = torch._foreach_sqrt(second)
         torch._foreach_add_(denominator, epsilons)
         indicator = torch._foreach_sign(second)  # 1, or 0 where no gradient ever came: see `InverseRootRule`

@@ -24,7 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..errors import RecordError, UnsupportedError
 from .config import RecordingOptions
 from .description import continues, describe_stage, describe_training, save_frozen, save_model_files, save_tokenizer
-from .optimizers import OptimizerDescription, describe_optimizer, unwrap_optimizer
+from .optimizers import OptimizerDescription, describe_optimizer, is_fresh, unwrap_optimizer
 from .processes import Processes
 from .record import TrainingRecord
 from .recorder import StageRecorder, read_sidecar
@@ -91,7 +91,7 @@ def _describe(
 
 def _store_moments(optimizer: Any, names: Mapping[torch.nn.Parameter, str], writer: RecordWriter) -> None:
     """Keep the moments that the optimizer brings from earlier training."""
-    if not optimizer.state:
+    if is_fresh(optimizer):
         return
     if not writer.stage["continues_parent"]:
         logger.warning(

@@ -38,6 +38,7 @@ __all__ = [
     "Shares",
     "build_optimizer",
     "describe_optimizer",
+    "is_fresh",
     "name_rules",
     "preconditioner",
     "rule_named",
@@ -84,6 +85,12 @@ def _describe_group(
         decoupled_weight_decay=rule.decoupled(name, group),
         constants=rule.describe(name, optimizer, group),
     )
+
+
+def is_fresh(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer has made no update yet."""
+    rule = rule_named(name_of(optimizer))
+    return all(rule.fresh(state) for state in optimizer.state.values())
 
 
 def preconditioner(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -16,12 +16,13 @@
 import torch
 
 from ...errors import UnsupportedError
-from .adam import AdamRule
+from .adam import AdamRule, NAdamRule, RAdamRule
+from .rmsprop import AdagradRule, RMSpropRule
 from .rule import Rule, qualified_name
 from .sgd import SGDRule
 
 
-RULES: tuple[Rule, ...] = (SGDRule(), AdamRule())
+RULES: tuple[Rule, ...] = (SGDRule(), AdamRule(), NAdamRule(), RAdamRule(), RMSpropRule(), AdagradRule())
 
 _BY_NAME = {name: rule for rule in RULES for name in rule.kinds}
 _NAME_OF_CLASS = {kind: name for rule in RULES for name, kind in rule.kinds.items()}

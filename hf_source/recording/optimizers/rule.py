@@ -57,6 +57,7 @@ class Rule:
         constants: constants of a parameter group that shape its updates -> their values in older records.
         refused: flags of a group that are not supported -> why.
         scalar: `P` is one number for the whole training, `scalar_preconditioner`; nothing need be accumulated.
+        buffers_steps: momentum gathers `P_k g_k` of each step (RMSprop) rather than gradients.
     """
 
     kinds: ClassVar[Mapping[str, str]] = {}
@@ -66,6 +67,7 @@ class Rule:
         "differentiable": "it keeps the graph of every step",
     }
     scalar: ClassVar[bool] = False
+    buffers_steps: ClassVar[bool] = False
 
     def describe(self, name: str, optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
         """The constants of a group as plain JSON values.
@@ -104,6 +106,10 @@ class Rule:
         """
         raise NotImplementedError
 
+    def fresh(self, state: Mapping[str, Any]) -> bool:
+        """Whether a parameter's state is that of an optimizer that has made no update."""
+        return not state
+
     def updates_made(self, state: Mapping[str, Any]) -> int:
         """Updates that a parameter has had, from its state."""
         return int(state.get("step", 0))
@@ -120,20 +126,26 @@ class InverseRootRule(Rule):
     1/eps = 1e8 would dominate the average over a segment for, say, a token first seen in mid-segment.
     """
 
-    def second_moment(self, state: Mapping[str, Any], constants: Mapping[str, Any]) -> torch.Tensor:
-        """`v`, as the optimizer keeps it (elementwise, of the parameter's shape)."""
+    def moments(self, constants: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names of the tensors of the state, of the parameter's shape, that `v` is made of."""
         raise NotImplementedError
 
-    def scale_and_eps(self, constants: Mapping[str, Any], updates: int) -> tuple[float, float]:
-        """`scale` and `eps` of the update."""
+    def second_moment(self, moments: Sequence[torch.Tensor]) -> torch.Tensor:
+        """`v` from these tensors, elementwise."""
+        return moments[0]
+
+    def scale_and_eps(self, constants: Mapping[str, Any], updates: int) -> tuple[float, float | None]:
+        """`scale` and `eps` of the update; without `eps`, `P` is `scale` for every entry."""
         raise NotImplementedError
 
     def preconditioner(self, parameter, state, constants, updates):
         """See `Rule.preconditioner`; of the parameter's shape."""
-        if not state or updates == 0:
+        if updates == 0:
             return torch.zeros_like(parameter, requires_grad=False)
-        second = self.second_moment(state, constants)
         scale, eps = self.scale_and_eps(constants, updates)
+        if eps is None:
+            return torch.full_like(parameter, scale, requires_grad=False)
+        second = self.second_moment([state[name] for name in self.moments(constants)])
         return torch.where(second > 0, scale / (second.sqrt() + eps), 0)
 
 
