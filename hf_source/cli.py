@@ -40,6 +40,7 @@ class Method(StrEnum):
     """`--method`."""
 
     source = "source"
+    unrolled = "unrolled"
     grad_dot = "grad-dot"
     grad_cos = "grad-cos"
     bm25 = "bm25"

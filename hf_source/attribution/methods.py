@@ -27,7 +27,7 @@ from ..curvature import CURVATURES
 from ..errors import ConfigError
 from ..gradients import RowGradients
 from ..recording import StageRecord, canonical_name
-from ..source import score_rows, walk
+from ..source import score_rows, unroll, walk
 from .queries import Queries
 
 
@@ -41,6 +41,17 @@ Scores = Iterator[tuple[StageRecord, np.ndarray]]
 def source(attributor: "SourceAttributor", queries: Queries) -> Scores:
     """Source (Bae et al. 2024, arXiv 2405.12186) with the attributor's curvature; nats."""
     return walk(
+        attributor.record.stages,
+        attributor.all_rows(),
+        lambda gradients: attributor.query_gradients(gradients, queries),
+        attributor.walk_settings(),
+        attributor.build_model,
+    )
+
+
+def unrolled(attributor: "SourceAttributor", queries: Queries) -> Scores:
+    """Exact derivative of the recorded training (see `source/unrolled.py`); nats. For few queries on short runs."""
+    return unroll(
         attributor.record.stages,
         attributor.all_rows(),
         lambda gradients: attributor.query_gradients(gradients, queries),
@@ -114,13 +125,14 @@ def _words(text: str) -> list[str]:
 
 METHODS: dict[str, Callable[["SourceAttributor", Queries], Scores]] = {
     "source": source,
+    "unrolled": unrolled,
     "grad-dot": grad_dot,
     "grad-cos": grad_cos,
     "bm25": bm25,
 }
 """`method=` of `SourceAttributor`."""
 
-SCORES_ARE_NATS = {"source"}
+SCORES_ARE_NATS = {"source", "unrolled"}
 """Methods whose scores are predicted changes of the query's loss, in nats; the others' are unitless."""
 
 

@@ -29,7 +29,7 @@ from torch.func import functional_call, grad, vmap
 
 from ..data import CausalLMCollator, take_rows
 from ..gradients import CausalLMTask, Task, batch_to
-from ..recording import StageRecord
+from ..recording import StageRecord, canonical_name
 from ..recording.optimizers import OptimizerDescription, build_optimizer
 
 
@@ -67,6 +67,7 @@ def retrain(
     task: Task | None = None,
     dtype: torch.dtype = torch.float32,
     data_collator: Any = None,
+    start: Stacked | None = None,
     progress: Any = None,
 ) -> tuple[torch.nn.Module, Stacked]:
     """Train one copy of a recorded stage per row mask.
@@ -78,31 +79,45 @@ def retrain(
         task: what defines a row's loss.
         dtype: of training.
         data_collator: as in training; right-padding by default.
+        start: what each copy starts from instead of the recorded initial weights, as `retrain` returned it for the
+            stage before. Weights that this stage freezes are kept.
         progress: wraps the list of steps, e.g. in a progress bar.
 
     Returns:
-        The model skeleton, and the trained parameters of all copies, name -> `[copies, *shape]`.
+        The model skeleton, and the parameters in which copies differ, name -> `[copies, *shape]`.
     """
     task = task or CausalLMTask()
     collate = data_collator or CausalLMCollator()
     model = stage.build_model(dtype).eval()
     stage.load_weights(model, "initial")
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation("eager")  # fused attention would take the copies one by one
     own = dict(model.named_parameters())
-    parameters = {n: own[n].detach().to(dtype).expand(len(keep), *own[n].shape).clone() for n in stage.trainable}
+    given = {canonical_name(name): value for name, value in (start or {}).items()}
+    held = {name: given[canonical_name(name)] for name in own if canonical_name(name) in given}
+    parameters = {
+        name: (held.pop(name) if name in held else own[name].detach().expand(len(keep), *own[name].shape))
+        .to(dtype)
+        .clone()
+        for name in stage.trainable
+    }
     weights = torch.as_tensor(keep, dtype=dtype)
     optimizer = StackedOptimizer(OptimizerDescription.from_dict(stage.optimizer), parameters)
     steps = stage.steps()
 
-    def loss(parameters: Stacked, batch: dict[str, torch.Tensor], row_weights: torch.Tensor) -> torch.Tensor:
-        outputs = functional_call(model, parameters, (), {"input_ids": batch["input_ids"], "use_cache": False})
+    def loss(
+        parameters: Stacked, held: Stacked, batch: dict[str, torch.Tensor], row_weights: torch.Tensor
+    ) -> torch.Tensor:
+        weights = {**parameters, **held}
+        outputs = functional_call(model, weights, (), {"input_ids": batch["input_ids"], "use_cache": False})
         return (task.row_losses(outputs.logits, batch["labels"]) * row_weights).sum()
 
-    gradients_of = vmap(grad(loss), in_dims=(0, None, 0))
+    gradients_of = vmap(grad(loss), in_dims=(0, 0, None, 0))
     for step in (progress or iter)(range(stage.num_steps)):
         total: Stacked = {}
         for micro in steps.micro_batches[step]:
             batch = batch_to(collate(take_rows(dataset, micro.rows)), torch.device("cpu"))
-            part = gradients_of(parameters, batch, weights[:, micro.rows])
+            part = gradients_of(parameters, held, batch, weights[:, micro.rows])
             for name, gradient in part.items():
                 gradient.div_(micro.normalizer)
                 total[name] = total[name].add_(gradient) if name in total else gradient
@@ -110,7 +125,7 @@ def retrain(
             continue
         _clip(total, stage.training["max_grad_norm"])
         optimizer.step(total, steps.learning_rate[step].tolist())
-    return model, parameters
+    return model, {**parameters, **held}
 
 
 def _clip(gradients: Stacked, max_norm: float) -> None:

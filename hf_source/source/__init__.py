@@ -13,7 +13,8 @@
 # limitations under the License.
 """The Source walk through segments and stages."""
 
+from .unrolled import unroll
 from .walk import WalkSettings, draw_sample, score_rows, segment_flow, walk, wanted_parameters
 
 
-__all__ = ["WalkSettings", "draw_sample", "score_rows", "segment_flow", "walk", "wanted_parameters"]
+__all__ = ["WalkSettings", "draw_sample", "score_rows", "segment_flow", "unroll", "walk", "wanted_parameters"]

@@ -98,7 +98,7 @@ def walk(
             stage.load_weights(model, "final")
             vectors = query_gradients(gradients)
         else:
-            vectors = _enter_stage(vectors, names, stages, position, gradients)
+            vectors = enter_stage(vectors, names, stages, position, gradients)
         scores = np.zeros((len(next(iter(vectors.values()))), stage.num_rows), dtype=np.float32)
         for segment in reversed(stage.segments):
             stage.load_weights(model, segment.index)
@@ -179,8 +179,24 @@ def score_rows(gradients: RowGradients, batch: Mapping[str, torch.Tensor], vecto
     return result.cpu()
 
 
-def _enter_stage(vectors, names, stages, position, gradients) -> Vectors:
-    """Vectors at the end of an earlier stage, under the names of its model."""
+def enter_stage(
+    vectors: Vectors,
+    names: Mapping[str, str],
+    stages: Sequence[StageRecord],
+    position: int,
+    gradients: RowGradients,
+) -> Vectors:
+    """Vectors at the end of an earlier stage, under the names of its model.
+
+    Args:
+        vectors: at the start of stage `position + 1`, by canonical name.
+        names: from `wanted_parameters` of stage `position`.
+        stages, position: in the order of training, and the stage entered.
+        gradients: engine of the entered stage's model.
+
+    Raises:
+        UnsupportedError: if the later stage does not start where this one ended, or changed a parameter's shape.
+    """
     _check_handover(stages[position], stages[position + 1])
     count = next(iter(vectors.values()))
     entered = {}
