@@ -237,6 +237,13 @@ class RecordingMixin:
         else:  # the Trainer starts anew after running out of memory
             self._recorder = restart_recorder(self, options, self._resume_folder, self._recorder)
 
+    def _run_epoch(self, *args, **kwargs):
+        # Resumed from the checkpoint of its last step in mid-epoch, the parent would make one step too many.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, model, trial):
         # Before the parent's, which pushes and rotates checkpoints.
         wanted = not self.args.save_only_model or self.args.load_best_model_at_end

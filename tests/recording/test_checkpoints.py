@@ -146,6 +146,21 @@ def test_a_checkpoint_folder_of_an_earlier_run_is_no_part_of_a_new_one(tmp_path,
         run(tmp_path, resume=True, learning_rate=1e-3)
 
 
+def test_a_run_that_was_killed_after_its_last_step_makes_no_further_one(tmp_path, monkeypatch):
+    """transformers 5.23 makes one step more when it resumes from the last one and that was in mid-epoch."""
+
+    def die(*args):
+        raise Killed
+
+    run(tmp_path / "whole", max_steps=5)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr("hf_source.recording.recorder.StageRecorder.finish", die)
+        run(tmp_path / "killed", max_steps=5)
+    run(tmp_path / "killed", max_steps=5, resume=True)
+    first, second = (TrainingRecord.load(tmp_path / name / "record") for name in ("whole", "killed"))
+    assert_same_record(first, second)
+
+
 def test_few_kept_checkpoints_change_nothing(tmp_path, whole):
     run(tmp_path, save_total_limit=1)
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-9"]
