@@ -27,6 +27,8 @@ _LAZY = {
     "TrainingRecord": ".recording",
     "SourceAttributor": ".attribution",
     "Queries": ".attribution",
+    "RowLossTask": ".gradients",
+    "CausalLMTask": ".gradients",
 }
 __all__ = ["__version__", *_LAZY]
 

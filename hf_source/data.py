@@ -36,6 +36,9 @@ ROW = "source_row"
 
 IGNORE_INDEX = -100
 
+TRAINED_COLUMNS = ("input_ids", "labels", "prompt_ids", "chosen_ids", "rejected_ids", "margin")
+"""Columns of prepared rows that decide what is trained: tokens, their labels, and pairs of preferences."""
+
 
 def dataset_kind(column_names: Sequence[str]) -> str:
     """How rows are given: `"tokenized"` (`input_ids`), `"prompt_completion"` or `"text"`.
@@ -168,10 +171,10 @@ def tokenizer_digest(processing_class: PreTrainedTokenizerBase) -> str:
 
 
 def content_fingerprint(dataset: Dataset | Sequence[Mapping[str, Any]]) -> str:
-    """Hash of what training sees: `input_ids` and `labels` of every row, in the order of the rows' numbers.
+    """Hash of what training sees: the `TRAINED_COLUMNS` of every row, in the order of the rows' numbers.
 
-    Independent of integer width, of Arrow chunking, of columns that do not train, and of shuffling if the rows carry
-    their numbers (`source_row`).
+    Rows with none of these columns are hashed whole. Independent of integer width, of Arrow chunking, of columns that
+    do not train, and of shuffling if the rows carry their numbers (`source_row`).
     """
     digest = xxhash.xxh3_128()
     if isinstance(dataset, Dataset):
@@ -181,7 +184,9 @@ def content_fingerprint(dataset: Dataset | Sequence[Mapping[str, Any]]) -> str:
                 dataset = dataset.select(np.argsort(numbers))
                 if not np.array_equal(np.sort(numbers), np.arange(len(numbers))):  # some rows were filtered out
                     digest.update(np.sort(numbers).astype(np.int64).tobytes())
-        columns = [name for name in ("input_ids", "labels") if name in dataset.column_names]
+        columns = [name for name in TRAINED_COLUMNS if name in dataset.column_names]
+        if not columns:
+            return dataset_digest(dataset, [name for name in dataset.column_names if name != ROW])
         digest.update(repr((len(dataset), columns)).encode())
         rows = dataset.select_columns(columns).with_format("arrow")
         for batch in rows.iter(batch_size=4096):
@@ -205,7 +210,48 @@ def _hash_column(digest: Any, column: pa.Array) -> None:
     if any(is_kind(column.type) for is_kind in lists):
         digest.update(np.asarray(pc.list_value_length(column), dtype=np.int64).tobytes())
         column = column.flatten()
-    digest.update(np.ascontiguousarray(column.to_numpy(zero_copy_only=False).astype(np.int64)).tobytes())
+    kind = np.float64 if pa.types.is_floating(column.type) else np.int64
+    digest.update(np.ascontiguousarray(column.to_numpy(zero_copy_only=False).astype(kind)).tobytes())
+
+
+def dataset_digest(dataset: Dataset, columns: Sequence[str]) -> str:
+    """Hash of some columns as people have them (texts, chats, numbers), in the order of the rows' numbers."""
+    if ROW in dataset.column_names:
+        numbers = np.asarray(dataset.with_format(None)[ROW])
+        if not np.array_equal(numbers, np.arange(len(numbers))):
+            dataset = dataset.select(np.argsort(numbers))
+    digest = xxhash.xxh3_128(repr((len(dataset), list(columns))).encode())
+    parts = {name: xxhash.xxh3_128() for name in columns}
+    for batch in dataset.select_columns(list(columns)).with_format("arrow").iter(batch_size=4096):
+        for name, part in parts.items():
+            column = batch[name]
+            _hash_values(part, column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column)
+    for part in parts.values():
+        digest.update(part.digest())
+    return digest.hexdigest()
+
+
+def _hash_values(digest: Any, column: pa.Array) -> None:
+    """Any Arrow array: structs by field, lists by length and values, the rest by value."""
+    if isinstance(column, pa.ChunkedArray):
+        column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    if column.null_count:
+        digest.update(np.asarray(pc.is_null(column)).tobytes())
+    if pa.types.is_struct(column.type):
+        for index in range(column.type.num_fields):
+            digest.update(column.type.field(index).name.encode())
+            _hash_values(digest, pc.struct_field(column, [index]))
+    elif any(kind(column.type) for kind in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)):
+        digest.update(np.asarray(pc.fill_null(pc.list_value_length(column), 0), dtype=np.int64).tobytes())
+        _hash_values(digest, pc.list_flatten(column))
+    elif pa.types.is_floating(column.type) or pa.types.is_integer(column.type):
+        digest.update(np.asarray(pc.fill_null(column, 0).to_numpy(zero_copy_only=False), dtype=np.float64).tobytes())
+    elif pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
+        digest.update(b"\0".join(value or b"" for value in column.to_pylist()))
+    else:
+        digest.update("\0".join(map(str, column.to_pylist())).encode())
 
 
 class CausalLMCollator:

@@ -13,6 +13,7 @@
 # limitations under the License.
 """`SourceAttributor`: from a training record and a text to scores of every training row."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,11 +28,11 @@ from tqdm.auto import tqdm
 
 from ..data import CausalLMCollator
 from ..errors import ConfigError, DataError, UnsupportedError
-from ..gradients import CausalLMTask, RowGradients, Task
+from ..gradients import CausalLMTask, RowGradients, RowLossTask, Seq2SeqTask, Task, is_known, task_for
 from ..outputs.columns import add_score_columns, check_names, top_table
 from ..recording import StageRecord, TrainingRecord
 from ..source import WalkSettings
-from .methods import METHODS, make_curvature
+from .methods import METHODS, NEED_NO_TASK, make_curvature
 from .plan import Plan, make_plan
 from .queries import Queries
 from .rows import StageRows, collate
@@ -53,7 +54,8 @@ class SourceAttributor:
             them the learning rate of the step that took them, as in the paper.
         datasets: stage name -> dataset, for stages whose rows the record does not hold or that are given anew.
         model: a callable giving a fresh model for a stage, for architectures that transformers cannot rebuild.
-        task: what defines a row's loss; causal language modelling by default.
+        task: what defines a row's loss, for stages where the record does not say it (if it does in each: for all of
+            them); or stage name -> task. See `hf_source.RowLossTask`.
         data_collator: the Trainer's, if it masked labels in its own way.
         max_tokens_per_batch: padded tokens per forward pass.
         memory_budget: bytes for the columns of the sample matrix held at once.
@@ -77,7 +79,7 @@ class SourceAttributor:
         momentum: bool = True,
         datasets: Mapping[str, Dataset] | None = None,
         model: Callable[[StageRecord], nn.Module] | None = None,
-        task: Task | None = None,
+        task: Task | Mapping[str, Task] | None = None,
         data_collator: Any = None,
         max_tokens_per_batch: int = 4096,
         memory_budget: int = 2**30,
@@ -96,7 +98,7 @@ class SourceAttributor:
         self.curvature = make_curvature(curvature, tail=tail, memory_budget=memory_budget)
         self.num_samples = num_samples
         self.momentum = momentum
-        self.task = task or CausalLMTask()
+        self._task = task
         self.data_collator = data_collator
         self.max_tokens_per_batch = max_tokens_per_batch
         self.memory_budget = memory_budget
@@ -109,8 +111,8 @@ class SourceAttributor:
         self._make_model = model
         self._datasets: dict[str, Dataset] = {}
         self._rows: dict[str, StageRows] = {}
-        self._walked: dict[tuple, dict[str, np.ndarray]] = {}
-        self._walks: dict[tuple, Any] = {}
+        self._walked: dict[str, dict[str, np.ndarray]] = {}
+        self._walks: dict[str, Any] = {}
         for name, dataset in (datasets or {}).items():
             self.set_dataset(name, dataset)
 
@@ -139,7 +141,28 @@ class SourceAttributor:
         return self._rows[record.name]
 
     def _stage_rows(self, stage: StageRecord, dataset: Dataset | None) -> StageRows:
-        return StageRows(stage, dataset, self.processing_class, self.data_collator, self.max_tokens_per_batch)
+        task = None if self.method in NEED_NO_TASK else self.task_of(stage)
+        return StageRows(stage, dataset, self.processing_class, self.data_collator, self.max_tokens_per_batch, task)
+
+    def task_of(self, stage: StageRecord) -> Task:
+        """What a row's loss is in a stage.
+
+        Raises:
+            UnsupportedError: if neither the record nor the user says; the message holds what is to be said.
+        """
+        if isinstance(self._task, Mapping):
+            return self._task.get(stage.name) or task_for(stage)
+        if self._task is not None and (not is_known(stage) or all(map(is_known, self.record.stages))):
+            return self._task
+        return task_for(stage)
+
+    def measurement(self, queries: Queries) -> Task:
+        """What a query measures: the log-likelihood of its text, or the loss of its rows as the last stage trains."""
+        stage = self.record.stages[-1]
+        task = self.task_of(stage)
+        if queries.are_rows or isinstance(task, (CausalLMTask, Seq2SeqTask)):
+            return task
+        return Seq2SeqTask() if stage.is_encoder_decoder else CausalLMTask()
 
     def rows(self, stage: StageRecord) -> StageRows:
         """The rows of a stage: as given, or as the record holds them.
@@ -205,7 +228,7 @@ class SourceAttributor:
             for row in rows
         ]
         names = [f"q{i}" for i in range(len(prompts))] if names is None else list(names)
-        return Queries(names, prompts, completions, rows).encode(self.processing_class, self.context_length)
+        return self.encode(Queries(names, prompts, completions, rows))
 
     def _prompt_text(self, prompt: str | list[dict[str, str]]) -> str:
         if isinstance(prompt, str):
@@ -225,33 +248,67 @@ class SourceAttributor:
                 )
         pad, eos = CausalLMCollator(self.processing_class).pad_token_id, self.processing_class.eos_token_id
         longest = max(map(len, encoded))
-        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in encoded], device=self.device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in encoded], device=self.device)
+        encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
+        # What a decoder goes on from stands at the right; an encoder reads from the left, as in training.
+        padded = lambda row, value: row + value if encoder_decoder else value + row  # noqa: E731
+        ids = [padded(row, [pad] * (longest - len(row))) for row in encoded]
+        mask = [padded([1] * len(row), [0] * (longest - len(row))) for row in encoded]
+        ids, mask = (torch.tensor(part, device=self.device) for part in (ids, mask))
         settings = {"do_sample": False, "pad_token_id": pad, "eos_token_id": eos, **generate_kwargs}
         output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **settings)
+        if encoder_decoder:  # the output starts with the decoder's first token
+            longest = 1
         rows = []
         for prompt_ids, tokens in zip(encoded, output[:, longest:].tolist(), strict=True):
             # A model that ends at once has said "nothing more": its end token is then what there is to explain.
             completion = tokens[: max(1, tokens.index(eos))] if eos in tokens else tokens
-            rows.append({"input_ids": prompt_ids + completion, "labels": [-100] * len(prompt_ids) + completion})
+            if encoder_decoder:
+                rows.append({"input_ids": prompt_ids, "labels": completion})
+            else:
+                rows.append({"input_ids": prompt_ids + completion, "labels": [-100] * len(prompt_ids) + completion})
         return rows
 
     def query_gradients(self, gradients: RowGradients, queries: Queries) -> dict[str, torch.Tensor]:
         """`grad f_q` at the model's present weights: name -> `[queries, *parameter.shape]`."""
-        encoded = queries.encode(self.processing_class, self.context_length)
+        encoded, task = self.encode(queries), self.measurement(queries)
+        collator, columns = self._query_collator(task, queries)
+        collated = lambda chosen: collate(collator, [encoded.rows[i] for i in chosen], self.device, columns)  # noqa: E731
+        if task is not gradients.task:
+            self._refuse_without_text(gradients.model)
+            gradients = RowGradients(gradients.model, task, list(gradients.parameters))
+            gradients.check(collated(range(min(2, len(queries)))))
         result = {
             name: torch.empty((len(queries), *parameter.shape), dtype=self.dtype, device=self.device)
             for name, parameter in gradients.parameters.items()
         }
-        lengths = np.asarray([len(row["input_ids"]) for row in encoded.rows])
+        measure = getattr(task, "length", len)
+        lengths = np.asarray([measure(row) for row in encoded.rows])
         order = np.argsort(lengths, kind="stable")[::-1]
         step = max(1, self.max_tokens_per_batch // int(lengths.max()))
         for start in range(0, len(order), step):
             chosen = order[start : start + step]
-            batch = collate(CausalLMCollator(self.processing_class), [encoded.rows[i] for i in chosen], self.device)
-            for name, rows, grads in gradients.blocks(gradients.run(batch)):
+            for name, rows, grads in gradients.blocks(gradients.run(collated(chosen))):
                 result[name][torch.as_tensor(chosen[rows].copy(), device=self.device)] = grads.to(self.dtype)
         return result
+
+    def _query_collator(self, task: Task, queries: Queries) -> tuple[Any, Sequence[str] | None]:
+        if queries.are_rows:
+            rows = self.rows(self.record.stages[-1])
+            return rows.collate, rows.columns
+        own = task if isinstance(task, RowLossTask) else CausalLMTask()
+        return own.collator(self.processing_class), own.columns
+
+    def _refuse_without_text(self, model: nn.Module) -> None:
+        plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if plain.get_output_embeddings() is None:
+            raise UnsupportedError(
+                f"Stage {self.record.stages[-1].name!r} trained a {type(plain).__name__}, which says no text: ask "
+                "about rows of its own kind instead, with `Queries.from_rows(dataset)`."
+            )
+
+    def encode(self, queries: Queries) -> Queries:
+        """The queries with token rows, as the last stage's model reads them."""
+        return queries.encode(self.processing_class, self.context_length, self.record.stages[-1].is_encoder_decoder)
 
     # ---- scores ------------------------------------------------------------------------------------------------
 
@@ -272,14 +329,14 @@ class SourceAttributor:
         """
         record = self.record.stage(stage)
         rows = self.rows(record) if dataset is None else self.set_dataset(record.name, dataset)
-        queries = queries.encode(self.processing_class, self.context_length)
+        queries = self.encode(queries)
         scores = self._stage_scores(record, queries)
         return scores[:, rows.numbers]
 
     def _stage_scores(self, stage: StageRecord, queries: Queries) -> np.ndarray:
         """Scores by row number. The walk stops where it is and goes on when an earlier stage is asked for."""
         self.record.require_complete()
-        key = tuple((tuple(row["input_ids"]), tuple(row["labels"])) for row in queries.rows)
+        key = json.dumps(queries.rows, sort_keys=True)
         if key not in self._walks:
             # One walk at a time: its vectors are as large as the model times the queries.
             self._walks = {key: METHODS[self.method](self, queries)}
@@ -338,7 +395,7 @@ class SourceAttributor:
         parts = []
         for stage in wanted:
             rows = self.rows(stage)
-            scores = self._stage_scores(stage, queries.encode(self.processing_class, self.context_length))
+            scores = self._stage_scores(stage, self.encode(queries))
             text = partial(rows.text, processing_class=self.processing_class)
             # Rows that the Trainer filtered out have a number, but no score.
             parts.append((stage.name, scores[:, rows.numbers], rows.numbers, text))
@@ -349,7 +406,7 @@ class SourceAttributor:
         record = self.record.stage(stage) if stage or len(self.record.stages) == 1 else self.record.stages[0]
         if dataset is not None:
             self.set_dataset(record.name, dataset)
-        return make_plan(self, queries.encode(self.processing_class, self.context_length), record)
+        return make_plan(self, self.encode(queries), record)
 
     # ---- small services for the methods ------------------------------------------------------------------------
 
@@ -358,7 +415,6 @@ class SourceAttributor:
         return WalkSettings(
             self.curvature,
             self.num_samples,
-            self.task,
             self.dtype,
             self.device,
             self.seed,

@@ -77,15 +77,19 @@ def _final_gradients(attributor: "SourceAttributor", queries: Queries, cosine: b
     names = {canonical_name(name): name for name, _ in model.named_parameters()}
     for stage in reversed(attributor.record.stages):
         trained = [names[canonical_name(name)] for name in stage.trainable if canonical_name(name) in names]
-        gradients = RowGradients(model, attributor.task, trained)
         rows = attributor.rows(stage)
+        gradients = RowGradients(model, rows.task, trained)
+        if stage is last:
+            rows.prepare(gradients)
+            last.load_weights(model, "final")
         gradients.check(rows.collated(rows.shortest(2), attributor.device))
         vectors = attributor.query_gradients(gradients, queries)
         scores = np.zeros((len(queries), stage.num_rows), dtype=np.float32)
-        for numbers in attributor.progress(attributor.share(rows.batches(rows.numbers)), f"scoring {stage.name}"):
-            batch = rows.collated(numbers, attributor.device)
+        for pieces in attributor.progress(attributor.share(rows.batches(rows.trained)), f"scoring {stage.name}"):
+            batch = rows.collated(pieces, attributor.device)
             dots = score_rows(gradients, batch, vectors)
-            scores[:, numbers] = dots / _row_norms(gradients, batch) if cosine else dots
+            dots = dots / _row_norms(gradients, batch) if cosine else dots
+            np.add.at(scores, (slice(None), rows.row[pieces]), dots.float().numpy())
         if cosine:
             squares = torch.stack([vector.flatten(1).square().sum(dim=1) for vector in vectors.values()])
             scores /= squares.sum(dim=0).sqrt().cpu().clamp_min(1e-30).numpy()[:, None]
@@ -131,6 +135,9 @@ METHODS: dict[str, Callable[["SourceAttributor", Queries], Scores]] = {
     "bm25": bm25,
 }
 """`method=` of `SourceAttributor`."""
+
+NEED_NO_TASK = {"bm25"}
+"""Methods that compare texts, so that any record will do."""
 
 SCORES_ARE_NATS = {"source", "unrolled"}
 """Methods whose scores are predicted changes of the query's loss, in nats; the others' are unitless."""

@@ -89,7 +89,7 @@ def make_plan(attributor: "SourceAttributor", queries: Queries, target: StageRec
     last = stages[-1]
     model = attributor.build_model(last)
     wanted = wanted_parameters(model, attributor.record.stages)
-    gradients = RowGradients(model, attributor.task, list(wanted))
+    gradients = RowGradients(model, attributor.rows(last).task, list(wanted))
     sizes = [parameter.numel() for parameter in gradients.parameters.values()]
     element = next(iter(gradients.parameters.values())).element_size()
     passes = _sample_passes(attributor, sizes, element)
@@ -116,9 +116,9 @@ def _sample_passes(attributor: "SourceAttributor", sizes: list[int], element: in
 
 def _stage_plan(attributor: "SourceAttributor", stage: StageRecord, passes: int) -> StagePlan:
     rows = attributor.rows(stage)
-    visited = [np.flatnonzero(segment.num_visits()) for segment in stage.segments]
+    visited = [np.flatnonzero(segment.num_visits()[rows.example]) for segment in stage.segments]
     if attributor.method != "source":
-        visited, passes = [rows.numbers], 0
+        visited, passes = [rows.trained], 0
     score_tokens = sum(int(rows.lengths[numbers].sum()) for numbers in visited)
     sample_tokens = sum(
         int(rows.lengths[numbers].mean() * attributor.num_samples * passes) for numbers in visited if len(numbers)
@@ -140,7 +140,7 @@ def _memory(attributor: "SourceAttributor", sizes: list[int], element: int, num_
 def _seconds_per_token(attributor, gradients: RowGradients, stage: StageRecord, queries: Queries) -> float:
     """Time of forward, backward and contraction with as many vectors as there are queries, on a few real batches."""
     rows = attributor.rows(stage)
-    batches = rows.batches(rows.numbers)
+    batches = rows.batches(rows.trained)
     chosen = [batches[i] for i in sorted({0, len(batches) // 2, len(batches) - 1})]
     vectors = {
         name: parameter.detach().expand(len(queries), *parameter.shape)

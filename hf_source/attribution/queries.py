@@ -20,7 +20,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..data import IGNORE_INDEX, encode_completion
+from ..data import IGNORE_INDEX, ROW, encode_completion
 from ..errors import DataError
 
 
@@ -33,12 +33,14 @@ class Queries:
         prompts: what comes before the completion; it is not asked about.
         completions: the text to explain.
         rows: token rows (`input_ids`, `labels` with -100 where nothing is asked); `None` until a tokenizer is known.
+        are_rows: the rows are of the kind that the last stage trained on, and what is asked is their loss.
     """
 
     names: list[str]
     prompts: list[str]
     completions: list[str]
-    rows: list[dict[str, list[int]]] | None = None
+    rows: list[dict[str, Any]] | None = None
+    are_rows: bool = False
 
     def __post_init__(self) -> None:
         if len({len(self.names), len(self.prompts), len(self.completions)}) != 1:
@@ -100,25 +102,55 @@ class Queries:
         queries._refuse_empty()
         return queries
 
-    def encode(self, processing_class: PreTrainedTokenizerBase | None, max_length: int | None = None) -> "Queries":
+    @classmethod
+    def from_rows(cls, dataset: Dataset, names: Sequence[str] | None = None) -> "Queries":
+        """Queries that are rows of the kind which the last stage trained on, prepared as its collator reads them.
+
+        What is asked is their loss as in training: of preference pairs, of labelled texts, of a task of your own.
+
+        Args:
+            dataset: the rows; a column `name` names them.
+            names: by default the column `name`, or `q0`, `q1`, ...
+        """
+        names = dataset["name"] if names is None and "name" in dataset.column_names else names
+        rows = [{key: value for key, value in row.items() if key not in ("name", ROW)} for row in dataset]
+        return cls(_names(names, len(rows)), [""] * len(rows), [""] * len(rows), rows, are_rows=True)
+
+    def encode(
+        self,
+        processing_class: PreTrainedTokenizerBase | None,
+        max_length: int | None = None,
+        encoder_decoder: bool = False,
+    ) -> "Queries":
         """The same queries with token rows.
+
+        Args:
+            processing_class: tokenizer, for queries that are text.
+            max_length: tokens that the model's context holds.
+            encoder_decoder: the prompt goes to an encoder, and the completion (with its end) to a decoder.
 
         Raises:
             DataError: if there is no tokenizer, a completion has no token, or a query is longer than `max_length`.
         """
+        if self.are_rows:
+            return self
         rows = self.rows
         if rows is None:
             if processing_class is None:
                 raise DataError(
                     "Text queries need a tokenizer: pass `processing_class=`, or use Queries.from_dataset."
                 )
-            encoded = [
-                encode_completion(processing_class, prompt, completion)
-                for prompt, completion in zip(self.prompts, self.completions, strict=True)
-            ]
+            if encoder_decoder:
+                inputs = processing_class(self.prompts)["input_ids"]
+                encoded = list(zip(inputs, processing_class(text_target=self.completions)["input_ids"], strict=True))
+            else:
+                encoded = [
+                    encode_completion(processing_class, prompt, completion)
+                    for prompt, completion in zip(self.prompts, self.completions, strict=True)
+                ]
             rows = [{"input_ids": ids, "labels": labels} for ids, labels in encoded]
         queries = Queries(self.names, self.prompts, self.completions, rows)
-        queries._refuse_empty()
+        queries._refuse_empty(0 if encoder_decoder else 1)
         for name, row in zip(self.names, rows, strict=True):
             if max_length is not None and len(row["input_ids"]) > max_length:
                 raise DataError(
@@ -127,9 +159,9 @@ class Queries:
                 )
         return queries
 
-    def _refuse_empty(self) -> None:
+    def _refuse_empty(self, first: int = 1) -> None:
         for name, row in zip(self.names, self.rows, strict=True):
-            if all(label == IGNORE_INDEX for label in row["labels"][1:]):
+            if all(label == IGNORE_INDEX for label in row["labels"][first:]):
                 raise DataError(
                     f"Query {name!r} asks about no token: its completion is empty, or only its first token is asked, "
                     "which nothing predicts. Give a completion after a prompt, or a longer one."
@@ -139,15 +171,14 @@ class Queries:
         """One row per query: `name`, `prompt`, `completion`, and the token rows where known."""
         columns: dict[str, Any] = {"name": self.names, "prompt": self.prompts, "completion": self.completions}
         if self.rows is not None:
-            columns["input_ids"] = [row["input_ids"] for row in self.rows]
-            columns["labels"] = [row["labels"] for row in self.rows]
+            columns |= {key: [row[key] for row in self.rows] for key in self.rows[0]}
         return Dataset.from_dict(columns)
 
     def select(self, indices: Sequence[int]) -> "Queries":
         """The queries at the given positions."""
         rows = None if self.rows is None else [self.rows[i] for i in indices]
         pick = lambda values: [values[i] for i in indices]  # noqa: E731
-        return Queries(pick(self.names), pick(self.prompts), pick(self.completions), rows)
+        return Queries(pick(self.names), pick(self.prompts), pick(self.completions), rows, self.are_rows)
 
     def __len__(self) -> int:
         return len(self.names)

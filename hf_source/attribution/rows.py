@@ -20,21 +20,34 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from ..data import IGNORE_INDEX, ROW, CausalLMCollator, content_fingerprint, prepare_rows, take_rows
-from ..errors import DataError
+from ..data import ROW, content_fingerprint, dataset_digest, prepare_rows, take_rows
+from ..errors import DataError, UnsupportedError
+from ..gradients import CausalLMTask, RowGradients, RowLossTask, Task
 from ..recording import StageRecord
 
 
 class StageRows:
-    """Token rows of one stage, in the order of their row numbers.
+    """The rows of one stage, and the *pieces* that they were trained on.
+
+    A piece is what has a loss of its own: a row, or a row's part of a packed sequence. Pieces are numbered, and a
+    piece that is a whole row has the row's number.
 
     Args:
         stage: what was recorded.
         dataset: the dataset as the Trainer took it, raw or tokenised, in any order if it carries `source_row`; `None`
             for the rows that the record holds.
         processing_class: tokenizer for raw text.
-        data_collator: makes model inputs of rows; right-padding by default.
+        data_collator: makes model inputs of rows; the task's by default.
         max_tokens_per_batch: padded tokens of one batch.
+        task: what defines a row's loss; `None` where only texts are compared.
+
+    Attributes:
+        given: the dataset that scores are shown with.
+        numbers: int64, the row number of each row of `given`.
+        row: int64 `[pieces]`, the row that a piece's score is credited to.
+        example: int64 `[pieces]`, what the record's weights say of the piece: its row, or its packed sequence.
+        trained: int64, numbers of the pieces that exist.
+        lengths, items: int64 `[pieces]`, tokens and loss items.
 
     Raises:
         DataError: if the dataset is not the one that was recorded, or there is none.
@@ -47,88 +60,162 @@ class StageRows:
         processing_class: Any = None,
         data_collator: Any = None,
         max_tokens_per_batch: int = 4096,
+        task: Task | None = None,
     ) -> None:
         self.stage = stage
-        self.given = dataset
-        stored = "record" if dataset is None else None
+        self.task = task
+        self.max_tokens_per_batch = max_tokens_per_batch
+        self.dataset = self._trained_rows(dataset, processing_class)
+        self.given = self.dataset if dataset is None else dataset
+        self.numbers = _row_numbers(self.given, stage.num_rows)
+        own = task if isinstance(task, RowLossTask) else CausalLMTask() if task else RowLossTask()
+        self.columns = own.columns
+        self.collate = data_collator or own.collator(processing_class)
+        self._count_pieces(own)
+        if task is not None:
+            self._check_items()
+
+    def _trained_rows(self, dataset: Dataset | None, processing_class: Any) -> Dataset:
+        stage, stored = self.stage, self.stage.rows()
         if dataset is None:
-            self.given = dataset = stage.rows()
-        if dataset is None:
-            raise DataError(
-                f"The rows of stage {stage.name!r} are needed to walk through it, and the record does not hold them: "
-                f"pass `datasets={{{stage.name!r}: ...}}` to from_record."
-            )
-        if stored is None and len(dataset) != stage.num_rows:
+            if stored is None:
+                raise DataError(
+                    f"The rows of stage {stage.name!r} are needed to walk through it, and the record does not hold "
+                    f"them: pass `datasets={{{stage.name!r}: ...}}` to from_record."
+                )
+            return stored
+        if len(dataset) == stage.num_rows and stored is not None and _is_given(dataset, stage):
+            return stored
+        if len(dataset) != stage.num_rows:
             raise DataError(
                 f"The dataset has {len(dataset)} rows, but stage {stage.name!r} was trained on {stage.num_rows}: pass "
                 "the dataset exactly as the Trainer took it (before or after tokenising)."
             )
-        prepared = prepare_rows(dataset, processing_class, stage.dataset.get("max_length"))
-        if content_fingerprint(prepared) != stage.dataset["fingerprint"]:
+        if stage.dataset["kind"] != "custom":
+            dataset = prepare_rows(dataset, processing_class, stage.dataset.get("max_length"))
+        if content_fingerprint(dataset) != stage.dataset["fingerprint"]:
             raise DataError(
                 f"The dataset is not the one stage {stage.name!r} was trained on (its content hash differs): pass the "
                 "same rows in the same order, tokenised by the same tokenizer. If it was shuffled since, keep the "
                 f"`{ROW}` column that numbers the rows."
             )
-        self.dataset = prepared
-        self.numbers = _row_numbers(prepared, stage.num_rows)
-        self.positions = np.full(stage.num_rows, -1)
-        self.positions[self.numbers] = np.arange(len(prepared))
-        self.collate = data_collator or CausalLMCollator(processing_class)
-        self.max_tokens_per_batch = max_tokens_per_batch
-        self.lengths = np.zeros(stage.num_rows, dtype=np.int64)
-        self.lengths[self.numbers] = _lengths(prepared["input_ids"])
-        self._check_items()
+        return dataset
+
+    def _count_pieces(self, task: RowLossTask) -> None:
+        """One piece for each row."""
+        count = self.stage.num_rows
+        self.row = self.example = np.arange(count)
+        self.trained = _row_numbers(self.dataset, count)
+        self.positions = np.full(count, -1)
+        self.positions[self.trained] = np.arange(len(self.dataset))
+        self.lengths, self.items = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
+        for number, row in zip(self.trained, _features(self.dataset, self.columns), strict=True):
+            self.lengths[number], self.items[number] = task.length(row), task.count_items(row)
 
     def _check_items(self) -> None:
         """The loss items of each micro-batch must be those that training counted: same labels, same masking."""
-        labels = self.dataset["labels" if "labels" in self.dataset.column_names else "input_ids"]
-        items = np.zeros(self.stage.num_rows, dtype=np.int64)
-        items[self.numbers] = [sum(label != IGNORE_INDEX for label in row[1:]) for row in labels]
+        items = np.bincount(self.example, weights=self.items, minlength=self.example.max(initial=-1) + 1)
         for micro_batches in self.stage.steps().micro_batches[:64]:
             for micro_batch in micro_batches:
                 counted = int(items[np.asarray(micro_batch.rows)].sum())
                 if counted != micro_batch.items:
                     raise DataError(
-                        f"In stage {self.stage.name!r} a batch trained on {micro_batch.items} label tokens, but its "
-                        f"rows now have {counted}: the Trainer's collator masked labels differently. Pass it with "
-                        "`data_collator=`, and give the dataset a `labels` column with the same masking."
+                        f"In stage {self.stage.name!r} a batch trained on {micro_batch.items} loss items (label "
+                        f"tokens), but its rows now have {counted}: the Trainer's collator masked labels differently. "
+                        "Pass it with `data_collator=`, and give the dataset a `labels` column with the same masking."
                     )
-        self.items = items
 
-    def batches(self, rows: Iterable[int]) -> list[np.ndarray]:
-        """Row numbers cut into batches of similar length under the token budget."""
-        rows = np.asarray(list(rows), dtype=np.int64)
-        rows = rows[np.argsort(self.lengths[rows], kind="stable")[::-1]]
+    def prepare(self, gradients: RowGradients) -> None:
+        """Before the stage is walked through: what the task has to compute first, and whether it fits the training.
+
+        Raises:
+            UnsupportedError: if the rows' losses do not add up to the loss that was trained.
+        """
+        if isinstance(self.task, RowLossTask):
+            self.task.prepare(gradients.model, self)
+        self._check_first_loss(gradients)
+
+    def _check_first_loss(self, gradients: RowGradients) -> None:
+        trained = self.stage.loss.get("first_micro_batch")
+        noisy = any(self.stage.training.get(key) for key in ("dropout", "neftune_noise_alpha", "bf16"))
+        narrow = any(self.stage.tensor_info[n]["dtype"] not in ("float32", "float64") for n in self.stage.trainable)
+        if trained is None or noisy or narrow:
+            return
+        first = self.stage.steps().micro_batches[0][0]
+        self.stage.load_weights(gradients.model, "initial")
+        summed = sum(
+            float(gradients.run(self.collated(part, next(gradients.model.parameters()).device), ()).losses.sum())
+            for part in self.batches(self.pieces_of(first.rows))
+        )
+        found = summed / first.normalizer
+        if abs(found - trained) > 1e-2 * max(abs(trained), 1e-3):
+            raise UnsupportedError(
+                f"The rows of the first batch of stage {self.stage.name!r} have a loss of {found:.6g} by "
+                f"{type(self.task).__name__}, but training computed {trained:.6g}: it minimised something else. "
+                "Pass `task=` with the loss of a row as it was trained (see `hf_source.RowLossTask`), summed over its "
+                "items."
+            )
+
+    def pieces_of(self, examples: Sequence[int]) -> np.ndarray:
+        """Pieces of what a batch drew, one example after the other."""
+        return np.asarray(examples, dtype=np.int64)
+
+    def batches(self, pieces: Iterable[int]) -> list[np.ndarray]:
+        """Pieces cut into batches of similar length under the token budget."""
+        pieces = np.asarray(list(pieces), dtype=np.int64)
+        pieces = pieces[np.argsort(self.lengths[pieces], kind="stable")[::-1]]
         batches, start = [], 0
-        while start < len(rows):
-            count = max(1, self.max_tokens_per_batch // max(1, int(self.lengths[rows[start]])))
-            batches.append(rows[start : start + count])
+        while start < len(pieces):
+            count = max(1, self.max_tokens_per_batch // max(1, int(self.lengths[pieces[start]])))
+            batches.append(pieces[start : start + count])
             start += count
         return batches
 
-    def collated(self, rows: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
-        """Model inputs of the given rows."""
-        return collate(self.collate, take_rows(self.dataset, self.positions[np.asarray(rows)]), device)
+    def collated(self, pieces: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
+        """Model inputs of the given pieces."""
+        rows = take_rows(self.dataset, self.positions[np.asarray(pieces)])
+        return collate(self.collate, rows, device, self.columns)
 
     def shortest(self, count: int) -> list[int]:
-        """A few short rows of different length, with loss items: enough to compare gradient rules with autograd."""
-        order = self.numbers[np.argsort(self.lengths[self.numbers], kind="stable")]
+        """A few short pieces of different length, with loss items: enough to compare gradient rules with autograd."""
+        order = self.trained[np.argsort(self.lengths[self.trained], kind="stable")]
         asked = order[self.items[order] > 0]
         order = asked if len(asked) else order
         places = np.linspace(0, len(order) // 2, count).astype(int)
-        return [int(row) for row in order[places]]
+        return [int(piece) for piece in order[places]]
 
     def text(self, row: int, processing_class: Any = None) -> str:
         """A row as people read it, by its number."""
         return row_text(self.dataset[int(self.positions[row])], processing_class)
 
 
-def collate(data_collator: Any, rows: Sequence[Mapping[str, Any]], device: torch.device) -> dict[str, torch.Tensor]:
-    """Model inputs from token rows; columns that no causal language model takes are left out."""
-    keep = ("input_ids", "labels", "attention_mask")
-    batch = data_collator([{key: row[key] for key in keep if key in row} for row in rows])
+def collate(
+    data_collator: Any,
+    rows: Sequence[Mapping[str, Any]],
+    device: torch.device,
+    columns: Sequence[str] | None = CausalLMTask.columns,
+) -> dict[str, torch.Tensor]:
+    """Model inputs from rows; columns that the task does not read are left out."""
+    batch = data_collator([_chosen(row, columns) for row in rows])
     return {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
+
+
+def _chosen(row: Mapping[str, Any], columns: Sequence[str] | None) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if (key in columns if columns else key != ROW)}
+
+
+def _features(dataset: Dataset, columns: Sequence[str] | None) -> Iterable[dict[str, Any]]:
+    """Every row's columns that training reads."""
+    wanted = [name for name in dataset.column_names if (name in columns if columns else name != ROW)]
+    yield from dataset.select_columns(wanted).with_format(None)
+
+
+def _is_given(dataset: Dataset, stage: StageRecord) -> bool:
+    """Whether a dataset is the one that the Trainer was given, before the Trainer prepared it."""
+    given = stage.dataset.get("given")
+    if given is None or not set(given["columns"]) <= set(dataset.column_names):
+        return False
+    return dataset_digest(dataset, given["columns"]) == given["digest"]
 
 
 def row_text(row: Mapping[str, Any], processing_class: Any = None) -> str:
@@ -137,8 +224,9 @@ def row_text(row: Mapping[str, Any], processing_class: Any = None) -> str:
         return row["text"]
     if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
         return row["prompt"] + row["completion"]
-    if processing_class is not None and "input_ids" in row:
-        return processing_class.decode(row["input_ids"], skip_special_tokens=True)
+    for name in ("input_ids", "chosen_ids"):
+        if processing_class is not None and name in row:
+            return processing_class.decode(list(row.get("prompt_ids", ())) + row[name], skip_special_tokens=True)
     return ""
 
 
@@ -153,7 +241,3 @@ def _row_numbers(dataset: Dataset, num_rows: int) -> np.ndarray:
             "was which in training. Restore it, or drop it if the rows are in their original order."
         )
     return numbers
-
-
-def _lengths(rows: Iterable[Sequence[int]]) -> list[int]:
-    return [len(row) for row in rows]

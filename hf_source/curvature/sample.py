@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from ..gradients.rows import Pass, RowGradients, as_rows
+from ..gradients.task import labels_of
 
 
 def systematic_sample(weights: np.ndarray, size: int, seed: int) -> np.ndarray:
@@ -71,8 +72,9 @@ class FisherSample:
     ) -> None:
         self.gradients = gradients
         self.batches = batches
-        self.size = sum(len(batch["labels"]) for batch in batches)
-        items = sum(int(gradients.task.num_items(batch["labels"]).sum()) for batch in batches)
+        labels = [labels_of(batch) for batch in batches]
+        self.size = sum(map(len, labels))
+        items = sum(int(gradients.task.num_items(part).sum()) for part in labels)
         self.objective_scale = objective_scale
         self.scale = (objective_scale / max(items, 1)) ** 0.5
         self.num_passes = 0

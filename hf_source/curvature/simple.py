@@ -20,6 +20,7 @@ import torch
 
 from ..errors import UnsupportedError
 from ..gradients.rows import as_rows
+from ..gradients.task import CausalLMTask, labels_of
 from .flow import Flow, decayed, forced, integral
 from .sample import FisherSample
 
@@ -100,6 +101,8 @@ def gauss_newton(sample: FisherSample, names: list[str]) -> torch.Tensor:
     """
     gradients = sample.gradients
     parameters = [gradients.parameters[name] for name in names]
+    if not isinstance(gradients.task, CausalLMTask):
+        return _gauss_newton_by_rows(sample, parameters)
     total = sum(parameter.numel() for parameter in parameters)
     result, items = torch.zeros(total, total, dtype=torch.float64), 0
     for batch in sample.batches:
@@ -122,6 +125,40 @@ def gauss_newton(sample: FisherSample, names: list[str]) -> torch.Tensor:
                 p = item.detach().double().softmax(dim=0)
                 result += jacobian.T @ ((torch.diag(p) - p[:, None] * p) @ jacobian)
         items += len(logits)
+    return result * (sample.objective_scale / items)
+
+
+def _gauss_newton_by_rows(sample: FisherSample, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+    """`H = 1/N sum over rows of J^T (Hessian of the row's loss in its predictions) J`, for any task."""
+    gradients = sample.gradients
+    total = sum(parameter.numel() for parameter in parameters)
+    result, items = torch.zeros(total, total, dtype=torch.float64), 0
+    for batch in sample.batches:
+        labels = labels_of(batch)
+        items += int(gradients.task.num_items(labels).sum())
+        for row in range(len(labels)):
+            one = {key: value[row : row + 1] for key, value in batch.items()}
+            with gradients._requiring_grad(parameters), torch.enable_grad():
+                outputs = gradients.task.forward(gradients.model, one)
+                columns = torch.autograd.grad(
+                    outputs,
+                    parameters,
+                    torch.eye(outputs.numel(), dtype=outputs.dtype).view(-1, *outputs.shape),
+                    is_grads_batched=True,
+                    allow_unused=True,
+                )
+            jacobian = torch.cat(
+                [
+                    outputs.new_zeros(outputs.numel(), parameter.numel()) if column is None else as_rows(column)
+                    for parameter, column in zip(parameters, columns, strict=True)
+                ],
+                dim=1,
+            ).double()
+            own = labels[row : row + 1]
+            curvature = torch.func.hessian(
+                lambda given, own=own, shape=outputs.shape: gradients.task.row_losses(given.view(shape), own).sum()
+            )(outputs.detach().double().flatten())
+            result += jacobian.T @ curvature @ jacobian
     return result * (sample.objective_scale / items)
 
 

@@ -14,7 +14,19 @@
 """Per-row gradients of every trainable parameter."""
 
 from .rows import Pass, RowGradients
-from .task import CausalLMTask, Task, batch_to
+from .selection import is_known, task_for
+from .task import CausalLMTask, RowLossTask, Seq2SeqTask, Task, batch_to, labels_of
 
 
-__all__ = ["CausalLMTask", "Pass", "RowGradients", "Task", "batch_to"]
+__all__ = [
+    "CausalLMTask",
+    "Pass",
+    "RowGradients",
+    "RowLossTask",
+    "Seq2SeqTask",
+    "Task",
+    "batch_to",
+    "is_known",
+    "labels_of",
+    "task_for",
+]

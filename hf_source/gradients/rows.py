@@ -30,7 +30,7 @@ from torch import nn
 
 from ..errors import UnsupportedError
 from .rules import Call, Rule, rules_for
-from .task import Batch, Task
+from .task import Batch, Task, labels_of
 
 
 logger = logging.getLogger(__name__)
@@ -117,10 +117,11 @@ class RowGradients:
         """
         names = list(self.parameters if names is None else names)
         modules = {use.module for name in names if name not in self.fallback for use in self.uses[name]}
-        with self._captured(modules, rows=len(batch["labels"])) as calls:
+        given = labels_of(batch)
+        with self._captured(modules, len(given) * getattr(self.task, "sequences_per_row", 1)) as calls:
             with torch.enable_grad():
                 outputs = self.task.forward(self.model, batch)
-                labels = batch["labels"] if labels is None else labels
+                labels = given if labels is None else labels
                 if generator is not None:
                     labels = self.task.sample_labels(outputs.detach(), labels, generator)
                 losses = self.task.row_losses(outputs, labels)
@@ -204,11 +205,14 @@ class RowGradients:
         """
         self.checked = True
         names = list(self.parameters)
-        items = self.task.num_items(batch["labels"])
+        labels = labels_of(batch)
+        items = self.task.num_items(labels)
         if not items.any():
-            raise UnsupportedError("No row of the batch has a label after its first token: nothing to check with.")
+            raise UnsupportedError(
+                "No row of the batch has a loss item (a label after its first token): nothing to check with."
+            )
         row = int(items.argmax())
-        truth = self._autograd_row(batch, batch["labels"], row, names)
+        truth = self._autograd_row(batch, labels, row, names)
         scale = max(float(grad.norm()) for grad in truth.values()) if truth else 0.0
         if not torch.isfinite(torch.tensor(scale)):
             raise UnsupportedError("The model's gradient is not finite on a training row: check the recorded weights.")
@@ -240,14 +244,14 @@ class RowGradients:
         return float((got - truth).norm()) <= tolerance
 
     @contextmanager
-    def _captured(self, modules: Iterable[nn.Module], rows: int) -> Iterator[dict[nn.Module, list[Call]]]:
+    def _captured(self, modules: Iterable[nn.Module], sequences: int) -> Iterator[dict[nn.Module, list[Call]]]:
         """Record calls of the modules. All parameters are frozen meanwhile; outputs carry the gradient instead."""
         calls: dict[nn.Module, list[Call]] = {}
 
         def expand(module: nn.Module, args: tuple) -> tuple | None:
             # Position ids come as [1, tokens] for the whole batch; per row, each needs its own gradient.
-            if args and args[0].dim() == 2 and args[0].shape[0] == 1 and rows > 1:
-                return (args[0].expand(rows, -1), *args[1:])
+            if args and args[0].dim() == 2 and args[0].shape[0] == 1 and sequences > 1:
+                return (args[0].expand(sequences, -1), *args[1:])
             return None
 
         def record(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor | None:

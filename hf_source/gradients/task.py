@@ -13,23 +13,24 @@
 # limitations under the License.
 """What a model was trained to do: its loss per row, the labels it would draw itself, and what a query measures.
 
-A task is any object with the three methods of `Task`; `CausalLMTask` is the one for decoder language models.
+`CausalLMTask` is the task of decoder language models, `Seq2SeqTask` that of encoder-decoders, `preference.py` has
+those of pairs. A task of your own is a subclass of `RowLossTask` with two methods.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
-from ..data import IGNORE_INDEX, ROW
+from ..data import IGNORE_INDEX, ROW, CausalLMCollator
 
 
 Batch = Mapping[str, torch.Tensor]
 
 
 class Task(Protocol):
-    """The small protocol between a training objective and attribution."""
+    """The small protocol between a training objective and attribution; `RowLossTask` has defaults for most of it."""
 
     def forward(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Logits (or predictions) of a batch; the first axis is the row."""
@@ -44,12 +45,84 @@ class Task(Protocol):
         """Number of loss items of each row: int64 `[rows]`."""
 
 
-class CausalLMTask:
+class RowLossTask:
+    """Base of a task of your own, for a Trainer whose loss per row the library does not know.
+
+    Write `forward` and `row_losses`; rows then come in batches as the Trainer's collator makes them, and the curvature
+    is the *empirical* Fisher: outer products of the rows' own gradients, which overstates the curvature of what is
+    not learnt yet. With `sample_labels` as well it is the Fisher, which is the Gauss-Newton matrix of a softmax, a
+    sigmoid or a squared error.
+
+    Attributes:
+        columns: columns of a row that its collator reads; `None` for all but `source_row`.
+        sequences_per_row: sequences that `forward` gives the model for one row, row by row (2 for pairs).
+
+    Example:
+        >>> class Regression(RowLossTask):
+        ...     def forward(self, model, batch):
+        ...         return model(batch["input_ids"]).logits
+        ...     def row_losses(self, outputs, labels):
+        ...         return (outputs[:, 0] - labels).square()
+    """
+
+    columns: tuple[str, ...] | None = None
+    sequences_per_row = 1
+
+    def forward(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Predictions for a batch, which holds what the collator made; the first axis is the row."""
+        raise NotImplementedError(f"{type(self).__name__} needs `forward(model, batch)`: the predictions of a batch.")
+
+    def row_losses(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Loss of each row, `[rows]`, from predictions and `batch["labels"]` (zeros `[rows]` if there are none).
+
+        Summed over the row's loss items: what the Trainer minimised is the sum over rows, divided by the number of
+        items.
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs `row_losses(outputs, labels)`: one loss for each row.")
+
+    def sample_labels(self, outputs: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Labels for the curvature; the row's own by default."""
+        return labels
+
+    def num_items(self, labels: torch.Tensor) -> torch.Tensor:
+        """Loss items of each row: labels other than -100 if they are whole numbers, else the row itself."""
+        if labels.is_floating_point():
+            return torch.ones(len(labels), dtype=torch.int64)
+        return labels.ne(IGNORE_INDEX).reshape(len(labels), -1).sum(dim=1)
+
+    def collator(self, processing_class: Any) -> Callable[[list], Batch]:
+        """Makes a batch of rows, where the user gives no `data_collator`."""
+        return CausalLMCollator(processing_class)
+
+    def count_items(self, row: Mapping[str, Any]) -> int:
+        """Loss items of one row that is not collated yet."""
+        labels = row.get("labels", row.get("input_ids"))
+        return sum(label != IGNORE_INDEX for label in labels) if isinstance(labels, list) else 1
+
+    def length(self, row: Mapping[str, Any]) -> int:
+        """Tokens of a row, for batches of a limited size."""
+        return max((len(value) for value in row.values() if isinstance(value, (list, str))), default=1)
+
+    def prepare(self, model: torch.nn.Module, rows: Any) -> None:
+        """Called with the stage's model and rows before the stage is walked through."""
+
+
+def labels_of(batch: Batch) -> torch.Tensor:
+    """The batch's labels; zeros `[rows]` where it has none."""
+    if "labels" in batch:
+        return batch["labels"]
+    first = next(iter(batch.values()))
+    return torch.zeros(len(first), dtype=torch.int64, device=first.device)
+
+
+class CausalLMTask(RowLossTask):
     """Next-token prediction: the loss of a row is the summed cross-entropy of its label tokens given what precedes.
 
     Its Hessian is approximated by the Fisher with labels drawn from the model, which for a softmax equals the
     generalised Gauss-Newton matrix (Martens 2020, arXiv 1412.1193, section 9.2).
     """
+
+    columns = ("input_ids", "labels", "attention_mask")
 
     def forward(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Logits, float `[rows, tokens, vocabulary]`."""
@@ -62,12 +135,7 @@ class CausalLMTask:
 
     def token_losses(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Negative log-likelihood of every label token, `[rows, tokens - 1]`, 0 where nothing is asked."""
-        logits, targets = outputs[:, :-1], labels[:, 1:]
-        if logits.dtype in (torch.float16, torch.bfloat16):
-            logits = logits.float()
-        return F.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-        ).view_as(targets)
+        return _token_losses(outputs[:, :-1], labels[:, 1:])
 
     def sample_labels(self, outputs: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Each loss item's label drawn from the softmax of its logits; shape and masking of `labels`.
@@ -75,19 +143,89 @@ class CausalLMTask:
         The draw is made by inverting the distribution function at a uniform number, which gives the same label for
         the same generator on every device and survives rounding differences between two passes.
         """
-        with torch.no_grad():
-            cumulative = outputs[:, :-1].float().softmax(dim=-1).cumsum(dim=-1)
-            uniform = torch.rand(cumulative.shape[:-1], generator=generator).to(cumulative.device)
-            drawn = torch.searchsorted(cumulative, (uniform * cumulative[..., -1])[..., None]).squeeze(-1)
-            drawn = drawn.clamp_max(outputs.shape[-1] - 1)
-            sampled = labels.clone()
-            asked = labels[:, 1:] != IGNORE_INDEX
-            sampled[:, 1:][asked] = drawn[asked].to(labels.dtype)
+        sampled = labels.clone()
+        sampled[:, 1:] = _drawn(outputs[:, :-1], labels[:, 1:], generator)
         return sampled
 
     def num_items(self, labels: torch.Tensor) -> torch.Tensor:
         """Label tokens of each row; the first token is never predicted."""
         return (labels[:, 1:] != IGNORE_INDEX).sum(dim=1)
+
+    def count_items(self, row: Mapping[str, Any]) -> int:
+        """Label tokens of one row."""
+        return sum(label != IGNORE_INDEX for label in (row.get("labels") or row["input_ids"])[1:])
+
+    def length(self, row: Mapping[str, Any]) -> int:
+        """Tokens of one row."""
+        return len(row["input_ids"])
+
+
+class Seq2SeqTask(RowLossTask):
+    """Encoder-decoder language models: the summed cross-entropy of a row's label tokens, which are not shifted.
+
+    The decoder reads the row's own labels, shifted to the right, also where the labels of the loss are drawn from the
+    model.
+    """
+
+    columns = ("input_ids", "labels", "attention_mask")
+
+    def forward(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Logits of the decoder, float `[rows, label tokens, vocabulary]`."""
+        inputs = {key: value for key, value in batch.items() if key not in ("labels", ROW)}
+        if "decoder_input_ids" not in inputs:
+            # Through PEFT's wrapper: adapters of encoder-decoders are wrapped models too.
+            inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        return model(**inputs, use_cache=False).logits
+
+    def row_losses(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Summed negative log-likelihood of each row's label tokens, nats, `[rows]`."""
+        return self.token_losses(outputs, labels).sum(dim=1)
+
+    def token_losses(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Negative log-likelihood of every label token, `[rows, tokens]`, 0 where nothing is asked."""
+        return _token_losses(outputs, labels)
+
+    def sample_labels(self, outputs: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Each loss item's label drawn from the softmax of its logits; shape and masking of `labels`."""
+        return _drawn(outputs, labels, generator)
+
+    def collator(self, processing_class: Any) -> Callable[[list], Batch]:
+        """Pads inputs and labels to the right."""
+        return Seq2SeqCollator(processing_class)
+
+    def length(self, row: Mapping[str, Any]) -> int:
+        """Tokens that a row takes in the encoder and the decoder."""
+        return len(row["input_ids"]) + len(row["labels"])
+
+
+class Seq2SeqCollator(CausalLMCollator):
+    """Right-pads inputs and labels, each to the longest of its own."""
+
+    def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Pad rows; a given `attention_mask` is kept."""
+        batch = super().__call__(rows)
+        if all(row.get("attention_mask") is not None for row in rows):
+            masks = [torch.as_tensor(row["attention_mask"]) for row in rows]
+            batch["attention_mask"] = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True)
+        return batch
+
+
+def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    return F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+    ).view_as(targets)
+
+
+@torch.no_grad()
+def _drawn(logits: torch.Tensor, targets: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Targets drawn from the softmax of the logits, where there is a target."""
+    cumulative = logits.float().softmax(dim=-1).cumsum(dim=-1)
+    uniform = torch.rand(cumulative.shape[:-1], generator=generator).to(cumulative.device)
+    drawn = torch.searchsorted(cumulative, (uniform * cumulative[..., -1])[..., None]).squeeze(-1)
+    drawn = drawn.clamp_max(logits.shape[-1] - 1)
+    return torch.where(targets != IGNORE_INDEX, drawn.to(targets.dtype), targets)
 
 
 def batch_to(batch: Mapping[str, Any], device: torch.device) -> dict[str, torch.Tensor]:

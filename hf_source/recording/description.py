@@ -16,16 +16,18 @@
 import copy
 import uuid
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 
-from ..data import ROW, content_fingerprint
+from ..data import ROW, content_fingerprint, dataset_digest
 from ..errors import UnsupportedError
 from .checks import has_dropout
 from .config import RecordingOptions
-from .models import is_causal_lm, plain_model
+from .losses import describe_loss
+from .models import plain_model
 from .names import canonical_name
 from .optimizers import OptimizerDescription
 from .rows import RowDataset
@@ -46,12 +48,7 @@ def describe_stage(trainer: Any, options: RecordingOptions, optimizer: Optimizer
         "status": "running",
         "num_steps": 0,
         "visits": "recorded",
-        "loss": {
-            "kind": "causal_lm" if is_causal_lm(model) else str(getattr(plain_model(model), "loss_type", None)),
-            "normalization": None,
-            "label_smoothing": 0.0,
-            "custom_function": trainer.compute_loss_func is not None,
-        },
+        "loss": describe_loss(trainer),
         "optimizer": optimizer.to_dict(),
         "trainable": {n: _describe_tensor(p) for n, p in model.named_parameters() if n in trained},
         "frozen_parameters": {n: _describe_tensor(t) for n, t in frozen_tensors(model, trained).items()},
@@ -105,7 +102,16 @@ def _describe_dataset(trainer: Any, options: RecordingOptions) -> dict[str, Any]
         "kind": trainer.train_rows_kind,
         "max_length": options.max_length if trainer.train_rows_kind in ("text", "prompt_completion") else None,
         "row_numbers": "column" if trainer.rows_were_numbered else "position",
+        "given": _describe_given(trainer.given_dataset),
     }
+
+
+def _describe_given(dataset: Any) -> dict[str, Any] | None:
+    """The training set as the user has it, which the Trainer may have tokenised, filtered and shuffled since."""
+    if dataset is None:
+        return None
+    columns = [name for name in dataset.column_names if name != ROW]
+    return {"columns": columns, "digest": dataset_digest(dataset, columns)}
 
 
 def _describe_model(model: torch.nn.Module) -> dict[str, Any]:
@@ -207,7 +213,8 @@ def continues(model: torch.nn.Module, parent: StageRecord) -> bool:
     return not missing and not changed
 
 
-def save_tokenizer(processing_class: Any, writer: RecordWriter) -> None:
+def save_tokenizer(processing_class: Any, root: Path, writer: RecordWriter) -> None:
     """Save the tokenizer at the record's root, where every stage finds it."""
     if processing_class is not None and hasattr(processing_class, "save_pretrained"):
-        writer.share_folder("tokenizer", lambda folder: processing_class.save_pretrained(str(folder)))
+        processing_class.save_pretrained(str(root / "tokenizer"))
+        writer.list_shared_files("tokenizer")

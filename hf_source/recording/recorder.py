@@ -18,7 +18,6 @@ With several processes, each has a recorder; the main process writes what they g
 """
 
 import json
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,6 +83,12 @@ class StageRecorder:
             items: its number of loss items.
         """
         self._micro_batches.append({"rows": rows, "normalizer": normalizer, "items": items})
+
+    def note_first_loss(self, loss: torch.Tensor) -> None:
+        """Note what the first rows' losses add up to: attribution checks its idea of them by it."""
+        described = self.writer.stage["loss"]
+        if self.step == 0 and "first_micro_batch" not in described:
+            described["first_micro_batch"] = float(loss)
 
     def before_update(
         self, learning_rates: Sequence[float], grad_norm: float, clip_factor: float, epoch: float
@@ -154,7 +159,6 @@ class StageRecorder:
         state = {
             "run_id": self.writer.stage["run_id"],
             "stage": self.writer.stage["name"],
-            "attempt": attempts[-1]["id"] if (attempts := self.writer.stage.get("attempts")) else None,
             "step": self.step,
             "segment_start": self._segment_start,
             "segment_starts": self.segment_starts,
@@ -175,7 +179,6 @@ class StageRecorder:
         self.writer.stage["num_steps"] = self.step
 
         def cut_back() -> dict[str, Any]:
-            self.writer.stage.setdefault("attempts", []).append({"id": uuid.uuid4().hex, "first_step": self.step})
             self.writer.cut_back(self.step, self._segment_start)
             return self.writer.stage
 
@@ -233,8 +236,7 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
     if not file.is_file() or not tensors.is_file():
         raise RecordError(
             f"The checkpoint {folder} holds no recording ({file.name} and {tensors.name}), so the steps before it are "
-            "unknown. Resume from a checkpoint that SourceTrainer saved without save_only_model, or start this stage "
-            "from the beginning."
+            "unknown. Resume from a checkpoint that SourceTrainer saved, or start this stage from the beginning."
         )
     try:
         state = json.loads(file.read_text(encoding="utf-8"))

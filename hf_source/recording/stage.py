@@ -252,9 +252,17 @@ class StageRecord:
     @property
     def context_length(self) -> int | None:
         """Tokens that the model's context holds, where its configuration says."""
-        file = self.path / "model" / "config.json"
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        config = self._model_config()
         return config.get("max_position_embeddings") or config.get("n_positions")
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the model reads a prompt in an encoder, and answers with a decoder."""
+        return bool(self._model_config().get("is_encoder_decoder"))
+
+    def _model_config(self) -> dict[str, Any]:
+        file = self.path / "model" / "config.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     @property
     def num_bytes(self) -> int:

@@ -13,7 +13,6 @@
 # limitations under the License.
 """`SourceTrainer`: a `Trainer` that leaves a training record behind."""
 
-import contextlib
 import inspect
 import math
 from pathlib import Path
@@ -27,17 +26,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data import IGNORE_INDEX, ROW, CausalLMCollator, dataset_kind, prepare_rows, refuse_long_rows
 from ..errors import DataError, UnsupportedError
-from .checkpoints import check_checkpoint, forget_checkpoint, last_checkpoint
 from .checks import refuse_unsupported, warn_about_resuming
 from .config import RecordingOptions, SourceConfig
-from .lock import writing
+from .losses import divides_by_count, loss_owner
 from .models import context_length, is_causal_lm
 from .precision import clip_factor
 from .processes import Processes
 from .recorder import StageRecorder, read_sidecar
 from .rows import RowCollator, RowDataset, with_row_numbers
-from .start import refuse_existing_stage, restart_recorder, start_recorder
-from .writer import RecordWriter
+from .start import last_checkpoint, refuse_existing_stage, restart_recorder, start_recorder
 
 
 logger = get_logger(__name__)
@@ -83,8 +80,10 @@ class RecordingMixin:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._recorder: StageRecorder | None = None
         self._resume_folder: Path | None = None
+        self._loss_divides_by_count: bool | None = None
         self.num_train_rows = 0
         self.rows_were_numbered = False
+        self.given_dataset: datasets.Dataset | None = None
         # Before the parent sees the rows: it may filter or shuffle them.
         given = inspect.signature(super().__init__).bind_partial(*args, **kwargs)
         for arguments in (given.arguments, given.arguments.get("kwargs", {})):
@@ -99,8 +98,9 @@ class RecordingMixin:
     def _number_rows(self, dataset: Any) -> Any:
         if dataset is None or not hasattr(dataset, "__len__"):
             return dataset  # refused when training starts; the trainer may serve for evaluation
-        if isinstance(dataset, datasets.Dataset) and ROW in dataset.column_names:
-            self.rows_were_numbered = True
+        if isinstance(dataset, datasets.Dataset):
+            self.rows_were_numbered = ROW in dataset.column_names
+            self.given_dataset = dataset
         dataset = with_row_numbers(dataset)
         self.num_train_rows = len(dataset)
         return dataset
@@ -137,8 +137,11 @@ class RecordingMixin:
             )
         if self._recorder is not None:  # None outside of train()
             items = self.count_items(inputs, len(rows))
-            self._recorder.add_micro_batch(rows, self._normalizer(num_items_in_batch, items), items)
-        return super().training_step(model, inputs, num_items_in_batch)
+            self._recorder.add_micro_batch(rows, self._normalizer(inputs, num_items_in_batch, items), items)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._recorder is not None and self.args.world_size == 1:
+            self._recorder.note_first_loss(loss)
+        return loss
 
     def count_items(self, inputs: Any, num_rows: int) -> torch.Tensor | int:
         """Number of loss items in a micro-batch: label tokens that are predicted, or rows for other losses."""
@@ -150,7 +153,7 @@ class RecordingMixin:
         labels = labels[..., 1:] if is_causal_lm(self.model) else labels
         return labels.ne(IGNORE_INDEX).sum()
 
-    def _normalizer(self, num_items_in_batch: Any, items: Any) -> Any:
+    def _normalizer(self, inputs: Any, num_items_in_batch: Any, items: Any) -> Any:
         # The same decision as in Trainer.training_step, which leaves no trace of it.
         scaled = self.loss_is_scaled_for_ga
         if scaled is None:
@@ -161,13 +164,29 @@ class RecordingMixin:
                 "The loss function normalises the loss itself, but the batch has no `labels` to count, so the weight "
                 "of a row is unknown. Give the batch `labels`, or drop compute_loss_func."
             )
-        loss = self._recorder.writer.stage["loss"]
-        loss["normalization"] = "tokens" if scaled else "micro_batch_mean"
-        normalizer = num_items_in_batch if scaled else items * self.current_gradient_accumulation_steps
+        if scaled and self._loss_divides_by_count is None:
+            self._loss_divides_by_count = self._divides_by_count(inputs, num_items_in_batch)
+        by_count = scaled and self._loss_divides_by_count
+        self._recorder.writer.stage["loss"]["normalization"] = "tokens" if by_count else "micro_batch_mean"
+        normalizer = num_items_in_batch if by_count else items
+        if not scaled:
+            normalizer = normalizer * self.current_gradient_accumulation_steps
         # Gradients are averaged over processes. Trainer.compute_loss undoes that where it counted items over all.
         counted_over_all = scaled and self.args.average_tokens_across_devices
-        self._recorder.merge_processes = counted_over_all
+        self._recorder.merge_processes = by_count and counted_over_all
         return normalizer if counted_over_all else normalizer * self.args.world_size
+
+    def _divides_by_count(self, inputs: Any, count: Any) -> bool:
+        """Whether a loss that is told the number of items in the whole batch divides by it; tried out once."""
+        ours = loss_owner(self) is Trainer
+        if not ours or (is_causal_lm(self.model) and self.compute_loss_func is None):
+            return True
+        self.model.eval()  # training_step sets it back
+        inputs = self._prepare_inputs(dict(inputs))
+        with self.compute_loss_context_manager():
+            return divides_by_count(
+                lambda given, n: self.compute_loss(self.model, given, num_items_in_batch=n), inputs, count
+            )
 
     def _get_grad_norm(self, model, grad_norm=None):
         self._grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -190,29 +209,20 @@ class RecordingMixin:
         processes = self._processes = Processes()
         options = processes.agree(lambda: RecordingOptions.from_args(self.args))
         processes.agree(lambda: refuse_unsupported(self))
-        found = processes.agree(lambda: self._find_checkpoint(options, resume_from_checkpoint), main_only=True)
-        self._resume_folder = None if found is None else Path(found)
-        if found is not None:
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = processes.agree(lambda: last_checkpoint(self.args.output_dir), main_only=True)
+        self._resume_folder = None
+        if isinstance(resume_from_checkpoint, (str, Path)):
+            self._resume_folder = Path(resume_from_checkpoint)
+            processes.agree(lambda: read_sidecar(self._resume_folder), main_only=True)
             warn_about_resuming(self)
-        processes.agree(self._number_rows_again)
-        with contextlib.ExitStack() as stack:
-            lock = writing(Path(options.record_dir))
-            processes.agree(lambda: stack.enter_context(lock), main_only=True)
-            try:
-                return super().train(resume_from_checkpoint=found, trial=trial, **kwargs)
-            finally:
-                self._recorder = None
-
-    def _find_checkpoint(self, options: RecordingOptions, wanted: Any) -> str | None:
-        """The checkpoint to go on from, if any; it can be, or the stage can be started."""
-        if isinstance(wanted, (str, Path)):
-            check_checkpoint(Path(wanted))
-        elif wanted:
-            stages = RecordWriter.read(Path(options.record_dir))["stages"]
-            wanted = last_checkpoint(self.args.output_dir, stages, options.stage)
         else:
-            refuse_existing_stage(options)
-        return str(wanted) if wanted else None
+            processes.agree(lambda: refuse_existing_stage(options), main_only=True)
+        processes.agree(self._number_rows_again)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, trial=trial, **kwargs)
+        finally:
+            self._recorder = None
 
     def _number_rows_again(self) -> None:
         """The training set may have been replaced after the trainer was made, or filtered by the parent class."""
@@ -227,7 +237,7 @@ class RecordingMixin:
                     "that dropped row numbers (packing does). Rows are numbered by their position in "
                     "trainer.train_dataset."
                 )
-            self.rows_were_numbered = False
+            self.rows_were_numbered, self.given_dataset = False, None
             self.train_dataset = self._number_rows(dataset)
 
     def _start_recording(self) -> None:
@@ -237,21 +247,12 @@ class RecordingMixin:
         else:  # the Trainer starts anew after running out of memory
             self._recorder = restart_recorder(self, options, self._resume_folder, self._recorder)
 
-    def _run_epoch(self, *args, **kwargs):
-        # Resumed from the checkpoint of its last step in mid-epoch, the parent would make one step too many.
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
-
     def _save_checkpoint(self, model, trial):
         # Before the parent's, which pushes and rotates checkpoints.
         wanted = not self.args.save_only_model or self.args.load_best_model_at_end
-        if self._recorder is not None:
+        if self._recorder is not None and wanted:
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            self._processes.agree(lambda: forget_checkpoint(folder), main_only=True)
-            if wanted:
-                self._recorder.save_sidecar(folder)
+            self._recorder.save_sidecar(folder)
         super()._save_checkpoint(model, trial)
 
     def _finish_recording(self) -> None:

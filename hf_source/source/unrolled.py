@@ -37,7 +37,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedError
-from ..gradients import RowGradients
+from ..gradients import RowGradients, labels_of
 from ..recording import StageRecord
 from ..recording.optimizers import OptimizerDescription, build_optimizer
 from .walk import Vectors, WalkSettings, enter_stage, score_rows, wanted_parameters
@@ -82,14 +82,16 @@ def unroll(
         if hasattr(model, "set_attn_implementation"):
             model.set_attn_implementation("eager")  # fused attention has no second derivative
         names = wanted_parameters(model, stages[: position + 1])
-        gradients = RowGradients(model, settings.task, list(names))
-        gradients.check(rows[stage.name].collated(rows[stage.name].shortest(2), settings.device))
+        own = rows[stage.name]
+        gradients = RowGradients(model, own.task, list(names))
+        own.prepare(gradients)
+        gradients.check(own.collated(own.shortest(2), settings.device))
         if vectors is None:
             stage.load_weights(model, "final")
             vectors = query_gradients(gradients)
         else:
             vectors = enter_stage(vectors, names, stages, position, gradients)
-        run = RecordedRun(stage, rows[stage.name], gradients, settings)
+        run = RecordedRun(stage, own, gradients, settings)
         scores, vectors = run.backward(vectors)
         vectors = {names[name]: vector for name, vector in vectors.items()}
         del model, gradients, run
@@ -185,8 +187,8 @@ class RecordedRun:
 
     def _micro_batches(self, step: int) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor], float]]:
         for batch in self.steps.micro_batches[step]:
-            numbers = np.asarray(batch.rows)
-            yield numbers, self.rows.collated(numbers, self.settings.device), batch.normalizer
+            pieces = self.rows.pieces_of(batch.rows)
+            yield self.rows.row[pieces], self.rows.collated(pieces, self.settings.device), batch.normalizer
 
     def _gradient(self, step: int, snapshot: Snapshot) -> dict[str, torch.Tensor]:
         """The step's gradient before clipping; parameters that it leaves alone are missing."""
@@ -207,7 +209,7 @@ class RecordedRun:
         """Gradient of the batch's summed loss over the normalizer; `graph` keeps it differentiable."""
         gradients, task = self.gradients, self.gradients.task
         with gradients._requiring_grad(list(wanted.values())), torch.enable_grad():
-            loss = task.row_losses(task.forward(gradients.model, batch), batch["labels"]).sum() / normalizer
+            loss = task.row_losses(task.forward(gradients.model, batch), labels_of(batch)).sum() / normalizer
             grads = torch.autograd.grad(loss, list(wanted.values()), create_graph=graph, allow_unused=True)
         return {name: grad for name, grad in zip(wanted, grads, strict=True) if grad is not None}
 

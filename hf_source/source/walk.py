@@ -30,7 +30,7 @@ from torch import nn
 
 from ..curvature import FisherSample, Flow, systematic_sample
 from ..errors import UnsupportedError
-from ..gradients import RowGradients, Task
+from ..gradients import RowGradients
 from ..gradients.rows import as_rows
 from ..recording import SegmentRecord, StageRecord, canonical_name
 
@@ -45,7 +45,6 @@ class WalkSettings:
     Attributes:
         curvature: object with `propagate(vectors, flow, sample)`.
         num_samples: rows of the sample matrix of each segment.
-        task: the training objective.
         dtype: of gradients and scores' arithmetic.
         device: where the model runs.
         seed: of the sampled rows and labels.
@@ -56,7 +55,6 @@ class WalkSettings:
 
     curvature: Any
     num_samples: int
-    task: Task
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
     seed: int = 0
@@ -76,7 +74,7 @@ def walk(
 
     Args:
         stages: in the order of training.
-        rows: stage name -> `StageRows`.
+        rows: stage name -> `StageRows`, with the task of each stage.
         query_gradients: gives `q` at the final weights from the engine of the last stage's model.
         settings: see `WalkSettings`.
         models: builds a stage's model.
@@ -92,8 +90,10 @@ def walk(
         stage = stages[position]
         model = models(stage).to(settings.device, settings.dtype).eval()
         names = wanted_parameters(model, stages[: position + 1])
-        gradients = RowGradients(model, settings.task, list(names))
-        gradients.check(rows[stage.name].collated(rows[stage.name].shortest(2), settings.device))
+        own = rows[stage.name]
+        gradients = RowGradients(model, own.task, list(names))
+        own.prepare(gradients)
+        gradients.check(own.collated(own.shortest(2), settings.device))
         if vectors is None:
             stage.load_weights(model, "final")
             vectors = query_gradients(gradients)
@@ -102,7 +102,7 @@ def walk(
         scores = np.zeros((len(next(iter(vectors.values()))), stage.num_rows), dtype=np.float32)
         for segment in reversed(stage.segments):
             stage.load_weights(model, segment.index)
-            vectors = _through_segment(segment, stage, rows[stage.name], gradients, vectors, scores, settings)
+            vectors = _through_segment(segment, stage, own, gradients, vectors, scores, settings)
         vectors = {names[name]: vector for name, vector in vectors.items()}
         del model, gradients
         yield stage, scores
@@ -139,18 +139,19 @@ def _through_segment(segment, stage, rows, gradients, vectors, scores, settings)
     flow = segment_flow(segment, gradients, settings)
     if flow.length <= 0:  # nothing moved: every step was skipped, or the learning rate was 0
         return vectors
-    weights = segment.row_weights()
+    weights = segment.row_weights()[rows.example]
     seed = settings.seed + 7919 * segment.index
     sample = draw_sample(rows, weights, gradients, settings, seed, segment.objective_scale())
     scoring, vectors = settings.curvature.propagate(vectors, flow, sample)
     if settings.momentum:
-        weights = segment.applied_weights()
+        weights = segment.applied_weights()[rows.example]
     title = f"scoring {stage.name}, segment {segment.index + 1}"
     visited = np.flatnonzero(weights)
-    for numbers in settings.progress(rows.batches(visited)[settings.share[0] :: settings.share[1]], title):
-        batch = rows.collated(numbers, settings.device)
-        scale = torch.as_tensor(weights[numbers] / flow.length)
-        scores[:, numbers] += (score_rows(gradients, batch, scoring).double() * scale).float().numpy()
+    for pieces in settings.progress(rows.batches(visited)[settings.share[0] :: settings.share[1]], title):
+        batch = rows.collated(pieces, settings.device)
+        scale = torch.as_tensor(weights[pieces] / flow.length)
+        found = (score_rows(gradients, batch, scoring).double() * scale).float().numpy()
+        np.add.at(scores, (slice(None), rows.row[pieces]), found)  # a row may have several pieces
     return vectors
 
 
@@ -162,7 +163,7 @@ def draw_sample(
     seed: int,
     objective_scale: float = 1.0,
 ) -> FisherSample:
-    """The segment's sample: rows in proportion to their weight in it, in batches of similar length."""
+    """The segment's sample: pieces of rows in proportion to their weight in it, in batches of similar length."""
     numbers = systematic_sample(weights, settings.num_samples, seed)
     batches = [rows.collated(part, settings.device) for part in rows.batches(numbers)]
     return FisherSample(gradients, batches, seed, objective_scale)

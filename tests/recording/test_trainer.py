@@ -257,10 +257,12 @@ def test_a_classifier_is_recorded_with_a_warning(tmp_path, caplog):
     stage = record.stage()
     assert stage.loss["kind"] == "ForSequenceClassification" and stage.collator["class"].endswith("collate")
     assert all(b.items == len(b.rows) for step in stage.steps().micro_batches for b in step)
-    assert all(b.normalizer == sum(len(o.rows) for o in step) for step in stage.steps().micro_batches for b in step)
+    # GPT-2's classifier takes `num_items_in_batch` as it takes any keyword, and averages over the micro-batch; the
+    # Trainer believes it was used, so nothing divides by the number of micro-batches.
+    assert all(b.normalizer == len(b.rows) for step in stage.steps().micro_batches for b in step)
     again = replay(stage, rows, data_collator=collate)
     for name, parameter in again.named_parameters():
-        torch.testing.assert_close(parameter, stage.weights("final")[name], rtol=0.01, atol=1e-4)
+        torch.testing.assert_close(parameter, stage.weights("final")[name], rtol=1e-4, atol=1e-6)
 
 
 # ---- Refusals and warnings ----
@@ -277,6 +279,7 @@ def with_batch_norm():
     [
         (tiny_llama, {"label_smoothing_factor": 0.1}, {}, "Set label_smoothing_factor=0"),
         (tiny_llama, {"optim": "adafactor"}, {}, r"torch\.optim\.SGD, torch\.optim\.Adam, torch\.optim\.AdamW"),
+        (tiny_llama, {"optim": "rmsprop"}, {}, "RMSprop cannot be attributed"),
         (with_batch_norm, {}, {}, "`model.norm` is a BatchNorm1d.*LayerNorm"),
     ],
 )

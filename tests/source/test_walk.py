@@ -98,6 +98,11 @@ class FakeRows:
         self.batch = batch
         self.batch_size = batch_size
         self.lengths = batch["attention_mask"].sum(dim=1).numpy()
+        self.row = self.example = np.arange(len(self.lengths))
+        self.task = CausalLMTask()
+
+    def prepare(self, gradients) -> None:
+        """Nothing to prepare."""
 
     def batches(self, numbers: Sequence[int]) -> list[np.ndarray]:
         numbers = np.asarray(numbers)
@@ -194,7 +199,7 @@ def run(
 ) -> dict[str, np.ndarray]:
     """Scores by stage; as many samples as visits, so that every visit is sampled once."""
     (visits,) = {int(segment.counts.sum()) for stage in stages for segment in stage.segments}
-    settings = {"num_samples": visits, "task": CausalLMTask(), "dtype": torch.float64, **settings}
+    settings = {"num_samples": visits, "dtype": torch.float64, **settings}
     result = {}
     rows = {stage.name: FakeRows(stage.batch, batch_size) for stage in stages}
     settings = WalkSettings(curvature or ExactCurvature(), **settings)

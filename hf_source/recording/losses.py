@@ -1,0 +1,78 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Which loss a Trainer trains with: what the record says about it, and what attribution chooses its task by."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from .models import is_causal_lm, plain_model
+
+
+def describe_loss(trainer: Any) -> dict[str, Any]:
+    """The `loss` entry of a stage.
+
+    `kind` is `"causal_lm"` or `"seq2seq_lm"`, with the constants of the loss as `settings`; any other kind comes with
+    a `reason` why the loss of a row is not known.
+    """
+    kind, settings, reason = _kind(trainer)
+    return {
+        "kind": kind,
+        "normalization": None,
+        "label_smoothing": 0.0,
+        "custom_function": trainer.compute_loss_func is not None,
+        "settings": settings,
+        "reason": reason,
+    }
+
+
+def _kind(trainer: Any) -> tuple[str, dict[str, Any], str | None]:
+    if trainer.compute_loss_func is not None:
+        return "compute_loss_func", {}, "it trained with a compute_loss_func"
+    owner = loss_owner(trainer)
+    if owner is Trainer:
+        return _model_loss(plain_model(trainer.model))
+    return "compute_loss", {}, f"{owner.__qualname__} has its own compute_loss"
+
+
+def loss_owner(trainer: Any) -> type:
+    """The class whose `compute_loss` is used."""
+    return next(cls for cls in type(trainer).__mro__ if "compute_loss" in vars(cls))
+
+
+def _model_loss(model: torch.nn.Module) -> tuple[str, dict[str, Any], str | None]:
+    if is_causal_lm(model):
+        return "causal_lm", {}, None
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(
+        model, "prepare_decoder_input_ids_from_labels"
+    ):
+        return "seq2seq_lm", {}, None
+    return str(getattr(model, "loss_type", None)), {}, f"{type(model).__name__} computes its loss itself"
+
+
+@torch.no_grad()
+def divides_by_count(loss: Callable[[Mapping[str, Any], torch.Tensor], torch.Tensor], inputs: Any, count: Any) -> bool:
+    """Whether a loss is divided by the number of items that it is told, or by one of its own.
+
+    T5 and BART, for one, take `num_items_in_batch` as they take any keyword, and average over the micro-batch.
+
+    Args:
+        loss: called with inputs and a count.
+        inputs: a micro-batch.
+        count: number of items; the loss is also computed for twice as many.
+    """
+    once, twice = (float(loss(dict(inputs), count * factor)) for factor in (1, 2))
+    return abs(once - twice) > 0.25 * abs(once)
