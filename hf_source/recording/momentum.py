@@ -57,7 +57,7 @@ def applied_learning_rate(
     skipped = skipped[:end_step]
     made = np.maximum(updates_before + np.cumsum(~skipped), 1)
     shares = group.how.shares(group.constants, made)
-    rates = np.where(skipped, 0.0, learning_rate[:end_step])
+    rates = np.where(skipped, 0.0, 1.0 if shares.own_rate else learning_rate[:end_step])
     rates[:first_step] = 0.0
     through_buffer, directly = rates * shares.carried, rates * shares.own
     result, carried = np.zeros(end_step), 0.0
@@ -68,4 +68,6 @@ def applied_learning_rate(
         result[step] = carried + directly[step]
         if step < first_step and carried < _NEGLIGIBLE * through_buffer.max():
             break
+    if shares.own_rate:
+        result *= learning_rate[:end_step]
     return np.where(made == 1, shares.first, 1.0) * result

@@ -131,6 +131,8 @@ class SegmentAccumulator:
         self._updates = {name: self._updates_made(name) for name in self.scale}
         self._bins = list(self._make_bins())
         self._one_by_one = [n for n in self.scale if not isinstance(self._group(n).how, InverseRootRule)]
+        self._noted = [name for name in self.scale if self._group(name).how.notes]
+        self._before: dict[str, Any] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -153,6 +155,11 @@ class SegmentAccumulator:
         if self.device is not None:
             values = [value.to(self.device) for value in values]
         torch._foreach_add_(list(self.theta.values()), values, alpha=weight)
+        for name in self._noted:
+            parameter = self.parameters[name]
+            rate = float(self.optimizer.param_groups[self.group_of[name]]["lr"] or 0.0)
+            state = self.optimizer.state.get(parameter, {})
+            self._before[name] = self._group(name).how.before_update(parameter, state, rate)
 
     @torch.no_grad()
     def after_update(
@@ -185,11 +192,13 @@ class SegmentAccumulator:
             weight = learning_rates[self.group_of[name]] * clip_factor
             if name in updated and weight != 0:
                 self.scale[name].add_(self._preconditioner(name).to(self.scale[name]), alpha=weight)
+        self._before = {}
 
     def _preconditioner(self, name: str) -> torch.Tensor:
         group, parameter = self._group(name), self.parameters[name]
         state = self.optimizer.state[parameter]
-        return group.how.preconditioner(parameter, state, group.constants, self._updates[name])
+        before = self._before.get(name)
+        return group.how.preconditioner(parameter, state, group.constants, self._updates[name], before)
 
     def _add_inverse_roots(self, group: int, pieces: Sequence[tuple[str, int, int]], weight: float) -> None:
         """`sum += weight * scale * sign(v) / (sqrt(v) + eps)`: `InverseRootRule.preconditioner` of many tensors."""
@@ -203,9 +212,11 @@ class SegmentAccumulator:
             if eps is None:
                 total.add_(weight * scale)
                 continue
-            state = self.optimizer.state[self.parameters[name]]
-            moments = [_piece(state[moment], start, stop) for moment in rule.moments(constants)]
-            second.append(rule.second_moment(moments).to(total.dtype))
+            parameter = self.parameters[name]
+            piece = None if stop - start == parameter.numel() else slice(start, stop)
+            state = self.optimizer.state[parameter]
+            moment = rule.second_moment(parameter, state, constants, piece, self._before.get(name))
+            second.append(moment.to(total.dtype))
             sums.append(total)
             weights.append(weight * scale)
             epsilons.append(eps)

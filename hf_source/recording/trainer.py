@@ -30,6 +30,7 @@ from .checks import refuse_unsupported, warn_about_resuming
 from .config import RecordingOptions, SourceConfig
 from .losses import divides_by_count, loss_owner
 from .models import context_length, is_causal_lm
+from .optimizers import learning_rates
 from .precision import clip_factor
 from .processes import Processes
 from .recorder import StageRecorder, read_sidecar
@@ -199,7 +200,7 @@ class RecordingMixin:
                 f"The gradient of optimizer step {self._recorder.step} has norm {norm}: from here on the weights are "
                 "not numbers. Lower the learning rate, lengthen the warmup, or look for rows with broken labels."
             )
-        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        rates = learning_rates(self.optimizer)
         self._recorder.before_update(rates, norm, factor, float(self.state.epoch or 0.0))
 
     # ---- Start, checkpoint, end ----

@@ -17,10 +17,11 @@ import copy
 
 import pytest
 import torch
+from optimizers import preconditioner
 from torch.optim import SGD, Adam, AdamW
 
 from hf_source.errors import UnsupportedError
-from hf_source.recording.optimizers import build_optimizer, describe_optimizer, preconditioner
+from hf_source.recording.optimizers import build_optimizer, describe_optimizer
 from hf_source.recording.segments import SegmentAccumulator
 
 

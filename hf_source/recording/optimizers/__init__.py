@@ -39,8 +39,8 @@ __all__ = [
     "build_optimizer",
     "describe_optimizer",
     "is_fresh",
+    "learning_rates",
     "name_rules",
-    "preconditioner",
     "rule_named",
     "supported",
     "unwrap_optimizer",
@@ -83,7 +83,7 @@ def _describe_group(
         parameters=[names[parameter] for parameter in group["params"] if parameter.requires_grad],
         weight_decay=float(group["weight_decay"]),
         decoupled_weight_decay=rule.decoupled(name, group),
-        constants=rule.describe(name, optimizer, group),
+        constants=rule.describe(name, optimizer, group, names),
     )
 
 
@@ -93,19 +93,14 @@ def is_fresh(optimizer: torch.optim.Optimizer) -> bool:
     return all(rule.fresh(state) for state in optimizer.state.values())
 
 
-def preconditioner(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> torch.Tensor:
-    """`P` of the update just made, for one parameter; read it after `optimizer.step()`.
-
-    Returns:
-        A tensor of the parameter's shape, or a 0-dim tensor (SGD). See the rule of the optimizer.
-    """
-    for group in optimizer.param_groups:
-        if any(parameter is one for one in group["params"]):
-            name = name_of(optimizer)
-            rule, state = rule_named(name), optimizer.state.get(parameter, {})
-            constants = rule.describe(name, optimizer, group)
-            return rule.preconditioner(parameter, state, constants, rule.updates_made(state))
-    raise ValueError("the optimizer does not train this parameter")
+def learning_rates(optimizer: Any) -> list[float]:
+    """`eta` of every group in the update to come; read it before `optimizer.step()`."""
+    optimizer = unwrap_optimizer(optimizer)
+    rule = rule_named(name_of(optimizer))
+    return [
+        rule.learning_rate(group, optimizer.state.get(group["params"][0], {}) if group["params"] else {})
+        for group in optimizer.param_groups
+    ]
 
 
 def build_optimizer(
@@ -122,8 +117,10 @@ def build_optimizer(
         for group in description.groups
     ]
     name = description.groups[0].rule
-    optimizer = rule_named(name).build(name, groups)
+    rule = rule_named(name)
+    optimizer = rule.build(name, groups)
     for built, group in zip(optimizer.param_groups, description.groups, strict=True):
         if "decoupled_weight_decay" in built:
             built["decoupled_weight_decay"] = group.decoupled_weight_decay
+        rule.after_build(optimizer, group.constants, {name: parameters[name] for name in group.parameters})
     return optimizer

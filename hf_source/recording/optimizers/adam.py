@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .rule import InverseRootRule, Shares
+from .rule import InverseRootRule, Shares, part
 
 
 class AdamRule(InverseRootRule):
@@ -47,9 +47,9 @@ class AdamRule(InverseRootRule):
         beta = constants["betas"][0]
         return Shares(beta, (1 - beta) / corrections(beta, updates))
 
-    def moments(self, constants):
-        """See `InverseRootRule.moments`."""
-        return ("max_exp_avg_sq",) if constants.get("amsgrad") else ("exp_avg_sq",)
+    def second_moment(self, parameter, state, constants, piece=None, before=None):
+        """See `InverseRootRule.second_moment`."""
+        return part(state["max_exp_avg_sq" if constants.get("amsgrad") else "exp_avg_sq"], piece)
 
     def scale_and_eps(self, constants, updates):
         """See `InverseRootRule.scale_and_eps`."""

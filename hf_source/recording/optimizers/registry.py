@@ -16,13 +16,53 @@
 import torch
 
 from ...errors import UnsupportedError
+from .adafactor import AdafactorRule, TransformersAdafactorRule
 from .adam import AdamRule, NAdamRule, RAdamRule
+from .bitsandbytes import (
+    BitsAndBytesAdagradRule,
+    BitsAndBytesAdamRule,
+    BitsAndBytesAdamWRule,
+    BitsAndBytesRMSpropRule,
+    BitsAndBytesSGDRule,
+)
 from .rmsprop import AdagradRule, RMSpropRule
 from .rule import Rule, qualified_name
 from .sgd import SGDRule
 
 
-RULES: tuple[Rule, ...] = (SGDRule(), AdamRule(), NAdamRule(), RAdamRule(), RMSpropRule(), AdagradRule())
+RULES: tuple[Rule, ...] = (
+    SGDRule(),
+    AdamRule(),
+    NAdamRule(),
+    RAdamRule(),
+    RMSpropRule(),
+    AdagradRule(),
+    AdafactorRule(),
+    TransformersAdafactorRule(),
+    BitsAndBytesAdamRule(),
+    BitsAndBytesAdamWRule(),
+    BitsAndBytesRMSpropRule(),
+    BitsAndBytesAdagradRule(),
+    BitsAndBytesSGDRule(),
+)
+
+_REFUSED = {
+    "bitsandbytes.optim.lion": "it steps by the sign of its momentum, so that no preconditioner describes how a step "
+    "follows from gradients",
+    "bitsandbytes.optim.ademamix": "it mixes two momenta, which momentum shares with one decay do not describe",
+    "bitsandbytes.optim.lamb": "it scales a whole tensor's update by the norms of its weights and update",
+    "bitsandbytes.optim.lars": "it scales a whole tensor's update by the norms of its weights and gradient",
+    "galore_torch": "it projects gradients to a low rank that changes in training",
+    "apollo_torch": "it scales gradients by random low-rank projections of them",
+    "lomo_optim": "it updates the weights during the backward pass",
+    "schedulefree": "it takes gradients at other weights than those it keeps",
+    "torchao": "its quantised moments cannot be read",
+    "grokadamw": "it amplifies slow gradients by a signal of its own",
+    "optimi": "it sums updates in ways that its state does not show",
+    "torchdistx": "it sums updates in ways that its state does not show",
+    "transformers.trainer_pt_utils.LayerWiseDummyOptimizer": "it updates the weights during the backward pass",
+}
+"""Module or class -> why no rule is given for it."""
 
 _BY_NAME = {name: rule for rule in RULES for name in rule.kinds}
 _NAME_OF_CLASS = {kind: name for rule in RULES for name, kind in rule.kinds.items()}
@@ -50,14 +90,17 @@ def name_of(optimizer: torch.optim.Optimizer) -> str:
     """
     kind = qualified_name(type(optimizer))
     if kind not in _NAME_OF_CLASS:
+        reasons = [reason for prefix, reason in _REFUSED.items() if f"{kind}.".startswith(f"{prefix}.")]
+        reason = reasons[0] if reasons else "hf_source does not know its preconditioner"
         raise UnsupportedError(
-            f"The optimizer {kind} cannot be attributed: hf_source does not know its preconditioner. Supported: "
-            f"{supported()} (fused and foreach too). Set `optim='adamw_torch'` (or 'sgd'), or pass `optimizers=` with "
-            "one of them."
+            f"The optimizer {kind} cannot be attributed: {reason}. Supported: "
+            f"{supported()}. Set `optim='adamw_torch'` (or 'sgd'), or pass `optimizers=` with one of them."
         )
     return _NAME_OF_CLASS[kind]
 
 
 def supported() -> str:
     """The optimizers for an error message."""
-    return ", ".join(f"torch.optim.{name}" for name in _BY_NAME)
+    names = [name if "." in name else f"torch.optim.{name}" for name in _BY_NAME]
+    families = [name for name in names if not name.startswith("bitsandbytes")]
+    return ", ".join(families) + ", and bitsandbytes' Adam, AdamW, RMSprop, Adagrad and SGD (8-bit and paged too)"

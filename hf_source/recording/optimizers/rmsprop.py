@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .rule import InverseRootRule, Shares
+from .rule import InverseRootRule, Shares, part
 
 
 class RMSpropRule(InverseRootRule):
@@ -38,13 +38,13 @@ class RMSpropRule(InverseRootRule):
         """See `Rule.shares`."""
         return Shares(constants["momentum"], np.full(len(updates), 1 - constants["momentum"]))
 
-    def moments(self, constants):
-        """See `InverseRootRule.moments`."""
-        return ("square_avg", "grad_avg") if constants["centered"] else ("square_avg",)
-
-    def second_moment(self, moments):
+    def second_moment(self, parameter, state, constants, piece=None, before=None):
         """See `InverseRootRule.second_moment`."""
-        return moments[0] if len(moments) == 1 else moments[0].addcmul(moments[1], moments[1], value=-1)
+        square = part(state["square_avg"], piece)
+        if not constants["centered"]:
+            return square
+        mean = part(state["grad_avg"], piece)
+        return square.addcmul(mean, mean, value=-1)
 
     def scale_and_eps(self, constants, updates):
         """See `InverseRootRule.scale_and_eps`."""
@@ -62,9 +62,9 @@ class AdagradRule(InverseRootRule):
     kinds: ClassVar[Mapping[str, str]] = {"Adagrad": "torch.optim.adagrad.Adagrad"}
     constants: ClassVar[Mapping[str, Any]] = {"lr_decay": 0.0, "eps": 1e-10, "initial_accumulator_value": 0.0}
 
-    def moments(self, constants):
-        """See `InverseRootRule.moments`."""
-        return ("sum",)
+    def second_moment(self, parameter, state, constants, piece=None, before=None):
+        """See `InverseRootRule.second_moment`."""
+        return part(state["sum"], piece)
 
     def scale_and_eps(self, constants, updates):
         """See `InverseRootRule.scale_and_eps`."""

@@ -40,12 +40,14 @@ class Shares:
         carried: float64 `[updates]`, by update: factor of the momentum buffer.
         own: float64 `[updates]` or a number: factor of the new gradient beside the buffer (Nesterov).
         first: factor of all shares of the very first gradient.
+        own_rate: a gradient is applied with the learning rate of its own step, not of the update.
     """
 
     beta: float
     carried: np.ndarray
     own: np.ndarray | float = 0.0
     first: float = 1.0
+    own_rate: bool = False
 
 
 class Rule:
@@ -58,6 +60,7 @@ class Rule:
         refused: flags of a group that are not supported -> why.
         scalar: `P` is one number for the whole training, `scalar_preconditioner`; nothing need be accumulated.
         buffers_steps: momentum gathers `P_k g_k` of each step (RMSprop) rather than gradients.
+        notes: `before_update` has something to say.
     """
 
     kinds: ClassVar[Mapping[str, str]] = {}
@@ -68,14 +71,22 @@ class Rule:
     }
     scalar: ClassVar[bool] = False
     buffers_steps: ClassVar[bool] = False
+    notes: ClassVar[bool] = False
 
-    def describe(self, name: str, optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
+    def describe(
+        self,
+        name: str,
+        optimizer: torch.optim.Optimizer,
+        group: Mapping[str, Any],
+        names: Mapping[torch.nn.Parameter, str],
+    ) -> dict[str, Any]:
         """The constants of a group as plain JSON values.
 
         Args:
             name: which of `kinds` the optimizer is.
             optimizer: the optimizer.
             group: its entry of `optimizer.param_groups`.
+            names: names of the parameters.
 
         Raises:
             UnsupportedError: if a flag of the group is refused.
@@ -93,8 +104,17 @@ class Rule:
         """Momentum shares of the `updates`-th updates (int64, counted from 1)."""
         return Shares(0.0, np.ones(len(updates)))
 
+    def before_update(self, parameter: torch.nn.Parameter, state: Mapping[str, Any], learning_rate: float) -> Any:
+        """What `preconditioner` will want to know and the update changes; noted before `optimizer.step()`."""
+        return None
+
     def preconditioner(
-        self, parameter: torch.nn.Parameter, state: Mapping[str, Any], constants: Mapping[str, Any], updates: int
+        self,
+        parameter: torch.nn.Parameter,
+        state: Mapping[str, Any],
+        constants: Mapping[str, Any],
+        updates: int,
+        before: Any = None,
     ) -> torch.Tensor:
         """`P` of the update just made, for one parameter; read it after `optimizer.step()`, before `zero_grad()`.
 
@@ -103,6 +123,7 @@ class Rule:
             state: its entry of `optimizer.state` (empty if it never had a gradient).
             constants: the group's, as described.
             updates: updates that the parameter has had, this one included.
+            before: result of `before_update`.
         """
         raise NotImplementedError
 
@@ -114,9 +135,21 @@ class Rule:
         """Updates that a parameter has had, from its state."""
         return int(state.get("step", 0))
 
+    def learning_rate(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> float:
+        """`eta` of the update to come; `state` is that of one of the group's parameters."""
+        return float(group["lr"])
+
     def build(self, name: str, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
         """The optimizer of described groups: dicts of `params`, `lr`, `weight_decay` and the constants."""
         return imported(self.kinds[name])(list(groups))
+
+    def after_build(
+        self,
+        optimizer: torch.optim.Optimizer,
+        group: Mapping[str, Any],
+        parameters: Mapping[str, torch.nn.Parameter],
+    ) -> None:
+        """What is left to set, by name of parameter, once the optimizer is built; `group` holds the constants."""
 
 
 class InverseRootRule(Rule):
@@ -126,27 +159,35 @@ class InverseRootRule(Rule):
     1/eps = 1e8 would dominate the average over a segment for, say, a token first seen in mid-segment.
     """
 
-    def moments(self, constants: Mapping[str, Any]) -> tuple[str, ...]:
-        """Names of the tensors of the state, of the parameter's shape, that `v` is made of."""
+    def second_moment(
+        self,
+        parameter: torch.nn.Parameter,
+        state: Mapping[str, Any],
+        constants: Mapping[str, Any],
+        piece: slice | None = None,
+        before: Any = None,
+    ) -> torch.Tensor:
+        """`v`, of the parameter's shape, or the `piece` of it when its memory is seen as one row of numbers."""
         raise NotImplementedError
-
-    def second_moment(self, moments: Sequence[torch.Tensor]) -> torch.Tensor:
-        """`v` from these tensors, elementwise."""
-        return moments[0]
 
     def scale_and_eps(self, constants: Mapping[str, Any], updates: int) -> tuple[float, float | None]:
         """`scale` and `eps` of the update; without `eps`, `P` is `scale` for every entry."""
         raise NotImplementedError
 
-    def preconditioner(self, parameter, state, constants, updates):
+    def preconditioner(self, parameter, state, constants, updates, before=None):
         """See `Rule.preconditioner`; of the parameter's shape."""
         if updates == 0:
             return torch.zeros_like(parameter, requires_grad=False)
         scale, eps = self.scale_and_eps(constants, updates)
         if eps is None:
             return torch.full_like(parameter, scale, requires_grad=False)
-        second = self.second_moment([state[name] for name in self.moments(constants)])
+        second = self.second_moment(parameter, state, constants, before=before)
         return torch.where(second > 0, scale / (second.sqrt() + eps), 0)
+
+
+def part(tensor: torch.Tensor, piece: slice | None) -> torch.Tensor:
+    """A piece of a tensor's memory, or all of it in its shape."""
+    return tensor if piece is None else tensor.view(-1)[piece]
 
 
 def plain(value: Any) -> Any:

@@ -51,7 +51,7 @@ class SGDRule(Rule):
         momentum = constants["momentum"]
         return (1 - constants["dampening"]) / (1 - momentum) if momentum else 1.0
 
-    def preconditioner(self, parameter, state, constants, updates):
+    def preconditioner(self, parameter, state, constants, updates, before=None):
         """See `Rule.preconditioner`; 0-dim."""
         value = self.scalar_preconditioner(constants)
         return torch.tensor(value, dtype=parameter.dtype, device=parameter.device)
