@@ -16,7 +16,6 @@
 import copy
 import uuid
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -213,8 +212,7 @@ def continues(model: torch.nn.Module, parent: StageRecord) -> bool:
     return not missing and not changed
 
 
-def save_tokenizer(processing_class: Any, root: Path, writer: RecordWriter) -> None:
+def save_tokenizer(processing_class: Any, writer: RecordWriter) -> None:
     """Save the tokenizer at the record's root, where every stage finds it."""
     if processing_class is not None and hasattr(processing_class, "save_pretrained"):
-        processing_class.save_pretrained(str(root / "tokenizer"))
-        writer.list_shared_files("tokenizer")
+        writer.share_folder("tokenizer", lambda folder: processing_class.save_pretrained(str(folder)))

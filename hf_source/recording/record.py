@@ -56,10 +56,14 @@ class TrainingRecord:
         if not folder.exists() and _looks_like_hub_id(str(path)):
             folder = _download(str(path))
         record = cls(folder, read_record_json(folder))
-        for files in record._file_lists():
-            for name in files:
-                record.check_size(files, name)
+        record.check_sizes()
         return record
+
+    def check_sizes(self) -> None:
+        """Raise `RecordError` if any listed file is missing or not of its size."""
+        for files in self._file_lists():
+            for name in files:
+                self.check_size(files, name)
 
     def stage(self, name: str | None = None) -> StageRecord:
         """The stage of a name; `None` for the only one.

@@ -18,6 +18,7 @@ With several processes, each has a recorder; the main process writes what they g
 """
 
 import json
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,7 @@ class StageRecorder:
         state = {
             "run_id": self.writer.stage["run_id"],
             "stage": self.writer.stage["name"],
+            "attempt": attempts[-1]["id"] if (attempts := self.writer.stage.get("attempts")) else None,
             "step": self.step,
             "segment_start": self._segment_start,
             "segment_starts": self.segment_starts,
@@ -179,6 +181,7 @@ class StageRecorder:
         self.writer.stage["num_steps"] = self.step
 
         def cut_back() -> dict[str, Any]:
+            self.writer.stage.setdefault("attempts", []).append({"id": uuid.uuid4().hex, "first_step": self.step})
             self.writer.cut_back(self.step, self._segment_start)
             return self.writer.stage
 
@@ -236,7 +239,8 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
     if not file.is_file() or not tensors.is_file():
         raise RecordError(
             f"The checkpoint {folder} holds no recording ({file.name} and {tensors.name}), so the steps before it are "
-            "unknown. Resume from a checkpoint that SourceTrainer saved, or start this stage from the beginning."
+            "unknown. Resume from a checkpoint that SourceTrainer saved without save_only_model, or start this stage "
+            "from the beginning."
         )
     try:
         state = json.loads(file.read_text(encoding="utf-8"))

@@ -19,15 +19,15 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import RecordError, UnsupportedError
+from .checkpoints import check_history
 from .config import RecordingOptions
 from .description import continues, describe_stage, describe_training, save_frozen, save_model_files, save_tokenizer
 from .optimizers import OptimizerDescription, describe_optimizer, is_fresh, unwrap_optimizer
 from .processes import Processes
 from .record import TrainingRecord
-from .recorder import StageRecorder, read_sidecar
+from .recorder import StageRecorder
 from .segments import NoSums, SegmentAccumulator, plan_segments, scheduled_learning_rates
 from .stored_rows import write_rows
 from .warm import save_optimizer_state
@@ -161,9 +161,13 @@ def _new_stage(
 ) -> RecordWriter:
     """Append the stage to the record, or put it in the place of the one it overwrites."""
     root = Path(options.record_dir)
-    earlier = [entry["name"] for entry in RecordWriter.read(root)["stages"]]
-    index = earlier.index(options.stage) if options.stage in earlier else len(earlier)
-    parent = TrainingRecord.load(root).stages[index - 1] if index else None
+    data = RecordWriter.read(root)
+    names = [entry["name"] for entry in data["stages"]]
+    index = names.index(options.stage) if options.stage in names else len(names)
+    # What is overwritten may be damaged; what is kept may not.
+    earlier = TrainingRecord(root, {**data, "stages": data["stages"][:index]})
+    earlier.check_sizes()
+    parent = earlier.stages[-1] if index else None
     if parent is not None:
         parent.require_complete()
     stage |= {"index": index, "parent": parent.name if parent else None}
@@ -176,27 +180,16 @@ def _new_stage(
         write_rows(trainer.train_dataset, writer)
     writer.add_tensors("initial.safetensors", parameters)
     writer.commit()
-    save_tokenizer(trainer.processing_class, root, writer)
+    save_tokenizer(trainer.processing_class, writer)
     return writer
 
 
 def _resumed_stage(options: RecordingOptions, now: Mapping[str, Any], resume_folder: Path) -> RecordWriter:
     """The stage that a checkpoint belongs to, if the run goes on as it began."""
-    sidecar = read_sidecar(resume_folder)
     root = Path(options.record_dir)
     stages = RecordWriter.read(root)["stages"]
-    stage = next((entry for entry in stages if entry["run_id"] == sidecar["run_id"]), None)
-    if stage is None:
-        raise RecordError(
-            f"The checkpoint {resume_folder} belongs to a run of stage '{sidecar['stage']}' that is not in the record "
-            f"{root}. Set record_dir to that run's record, or train the stage from the beginning."
-        )
+    stage = check_history(resume_folder, stages, options.stage)
     name = stage["name"]
-    if name != options.stage:
-        raise RecordError(
-            f"The checkpoint {resume_folder} is of stage '{name}', the config says '{options.stage}'. Set "
-            f"stage='{name}', or do not resume."
-        )
     if stage["index"] + 1 < len(stages):
         raise RecordError(
             f"Stage '{name}' cannot be resumed: stage '{stages[stage['index'] + 1]['name']}' was trained from its "
@@ -215,21 +208,6 @@ def _resumed_stage(options: RecordingOptions, now: Mapping[str, Any], resume_fol
                 "start, or train a new stage from the present weights."
             )
     return RecordWriter(root, stage)
-
-
-def last_checkpoint(output_dir: str) -> str:
-    """The newest checkpoint of a run.
-
-    Raises:
-        RecordError: if there is none.
-    """
-    folder = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-    if folder is None:
-        raise RecordError(
-            f"There is no checkpoint in {output_dir} to resume from. Start the stage again: set overwrite_stage=True "
-            "and leave resume_from_checkpoint out."
-        )
-    return folder
 
 
 def refuse_existing_stage(options: RecordingOptions) -> None:

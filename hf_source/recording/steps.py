@@ -56,7 +56,7 @@ class StepTable:
         self.clip_factor = table["clip_factor"].to_numpy()
         self.skipped = table["skipped"].to_numpy()
         rates = table["learning_rate"].combine_chunks()
-        self.learning_rate = rates.flatten().to_numpy().reshape(len(self.step), -1)
+        self.learning_rate = rates.flatten().to_numpy().reshape(len(self.step), -1 if len(self.step) else 0)
         self.reference_learning_rate = (
             self.learning_rate[:, groups_in_use].max(axis=1) if len(self.step) else np.zeros(0)
         )

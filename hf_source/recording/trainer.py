@@ -13,6 +13,7 @@
 # limitations under the License.
 """`SourceTrainer`: a `Trainer` that leaves a training record behind."""
 
+import contextlib
 import inspect
 import math
 from pathlib import Path
@@ -26,8 +27,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data import IGNORE_INDEX, ROW, CausalLMCollator, dataset_kind, prepare_rows, refuse_long_rows
 from ..errors import DataError, UnsupportedError
+from .checkpoints import check_checkpoint, forget_checkpoint, last_checkpoint
 from .checks import refuse_unsupported, warn_about_resuming
 from .config import RecordingOptions, SourceConfig
+from .lock import writing
 from .losses import divides_by_count, loss_owner
 from .models import context_length, is_causal_lm
 from .optimizers import learning_rates
@@ -35,7 +38,8 @@ from .precision import clip_factor
 from .processes import Processes
 from .recorder import StageRecorder, read_sidecar
 from .rows import RowCollator, RowDataset, with_row_numbers
-from .start import last_checkpoint, refuse_existing_stage, restart_recorder, start_recorder
+from .start import refuse_existing_stage, restart_recorder, start_recorder
+from .writer import RecordWriter
 
 
 logger = get_logger(__name__)
@@ -210,20 +214,29 @@ class RecordingMixin:
         processes = self._processes = Processes()
         options = processes.agree(lambda: RecordingOptions.from_args(self.args))
         processes.agree(lambda: refuse_unsupported(self))
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = processes.agree(lambda: last_checkpoint(self.args.output_dir), main_only=True)
-        self._resume_folder = None
-        if isinstance(resume_from_checkpoint, (str, Path)):
-            self._resume_folder = Path(resume_from_checkpoint)
-            processes.agree(lambda: read_sidecar(self._resume_folder), main_only=True)
+        found = processes.agree(lambda: self._find_checkpoint(options, resume_from_checkpoint), main_only=True)
+        self._resume_folder = None if found is None else Path(found)
+        if found is not None:
             warn_about_resuming(self)
-        else:
-            processes.agree(lambda: refuse_existing_stage(options), main_only=True)
         processes.agree(self._number_rows_again)
-        try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, trial=trial, **kwargs)
-        finally:
-            self._recorder = None
+        with contextlib.ExitStack() as stack:
+            lock = writing(Path(options.record_dir))
+            processes.agree(lambda: stack.enter_context(lock), main_only=True)
+            try:
+                return super().train(resume_from_checkpoint=found, trial=trial, **kwargs)
+            finally:
+                self._recorder = None
+
+    def _find_checkpoint(self, options: RecordingOptions, wanted: Any) -> str | None:
+        """The checkpoint to go on from, if any; it can be, or the stage can be started."""
+        if isinstance(wanted, (str, Path)):
+            check_checkpoint(Path(wanted))
+        elif wanted:
+            stages = RecordWriter.read(Path(options.record_dir))["stages"]
+            wanted = last_checkpoint(self.args.output_dir, stages, options.stage)
+        else:
+            refuse_existing_stage(options)
+        return str(wanted) if wanted else None
 
     def _number_rows_again(self) -> None:
         """The training set may have been replaced after the trainer was made, or filtered by the parent class."""
@@ -248,12 +261,21 @@ class RecordingMixin:
         else:  # the Trainer starts anew after running out of memory
             self._recorder = restart_recorder(self, options, self._resume_folder, self._recorder)
 
+    def _run_epoch(self, *args, **kwargs):
+        # Resumed from the checkpoint of its last step in mid-epoch, the parent would make one step too many.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, model, trial):
         # Before the parent's, which pushes and rotates checkpoints.
         wanted = not self.args.save_only_model or self.args.load_best_model_at_end
-        if self._recorder is not None and wanted:
+        if self._recorder is not None:
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            self._recorder.save_sidecar(folder)
+            self._processes.agree(lambda: forget_checkpoint(folder), main_only=True)
+            if wanted:
+                self._recorder.save_sidecar(folder)
         super()._save_checkpoint(model, trial)
 
     def _finish_recording(self) -> None:

@@ -63,8 +63,19 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
         with open(temporary, "rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new name in a folder outlast a power failure, where folders can be opened."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -143,6 +154,7 @@ class RecordWriter:
 
     def create(self) -> None:
         """Make room for the stage: drop whatever is there from this index on, leftovers of dead runs included."""
+        self.remove_leftovers()
         data = self.read(self.root)
         kept = [stage for stage in data["stages"] if stage["index"] < self.stage["index"]]
         if len(kept) < len(data["stages"]):
@@ -186,15 +198,33 @@ class RecordWriter:
         names = [name.removeprefix(prefix) for name in self.stage["files"]]
         return sorted(name for name in names if name.startswith(f"{folder}/"))
 
-    def list_shared_files(self, folder: str) -> None:
-        """Enter every file of a folder at the record's root (the tokenizer) into the record's own list."""
-        data = self.read(self.root)
-        data["files"] = {
-            path.relative_to(self.root).as_posix(): file_entry(path)
-            for path in sorted((self.root / folder).rglob("*"))
+    def share_folder(self, name: str, save: Callable[[Path], None]) -> None:
+        """Let `save` fill a folder at the record's root (the tokenizer), and list its files in the record's own list.
+
+        A folder of the same content stays as it is. Another is taken off the list before it is replaced, so that a
+        process killed in between leaves files that are not listed, never listed ones that are torn.
+        """
+        new, folder = self.root / f".{name}.{os.getpid()}.tmp", self.root / name
+        save(new)
+        files = {
+            f"{name}/{path.relative_to(new).as_posix()}": file_entry(path)
+            for path in sorted(new.rglob("*"))
             if path.is_file()
         }
-        write_json(self.root / RECORD_FILE, data)
+        data = self.read(self.root)
+        others = {file: entry for file, entry in data["files"].items() if not file.startswith(f"{name}/")}
+        if data["files"] == others | files and all((self.root / file).is_file() for file in files):
+            shutil.rmtree(new)
+            return
+        write_json(self.root / RECORD_FILE, data | {"files": others})
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(new, folder)
+        write_json(self.root / RECORD_FILE, data | {"files": others | files})
+
+    def remove_leftovers(self) -> None:
+        """Remove temporary files of writers that were killed; nobody else writes to the record now."""
+        for path in [*self.root.glob(".*.tmp"), *self.root.glob("stages/**/.*.tmp")]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def cut_back(self, step: int, segment_start: int) -> None:
         """Forget everything from optimizer step `step` on, and commit that.
@@ -203,6 +233,7 @@ class RecordWriter:
             step: first step to forget.
             segment_start: first step of the segment that was open then; a run that stopped early closed it too soon.
         """
+        self.remove_leftovers()
         dropped = ["final.safetensors"]
         kept_steps: list[dict[str, Any]] = []
         for name in self.file_names("steps"):

@@ -24,14 +24,17 @@ from cases import distance, random_rows, tiny_gpt2
 from hf_source.recording import TrainingRecord, replay
 
 from .launching import endings, launch
-from .two_runs import CASES, even_rows, mean_loss_llama
+from .two_runs import CASES, even_rows, killed, mean_loss_llama, resumed, score
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 
 ROWS = {"uneven": random_rows(22), "drop_last": random_rows(22), "dispatched": even_rows(22)}
 MODELS = {"tied": tiny_gpt2, "mean_loss": mean_loss_llama}
 
 RECORDED = ("run", "tied", "local_counts", "mean_loss", "sgd_on_cpu", "uneven", "drop_last", "dispatched", "split")
-RECORDED += ("by_length",)
+RECORDED += ("by_length", "lora", "best", "resumed", "resumed_as_two")
 REFUSED = {
     "other_rows": ("RecordError", "different training sets.*Give every process the whole dataset"),
     "one_refuses": ("UnsupportedError", "Rprop cannot be attributed"),
@@ -39,14 +42,15 @@ REFUSED = {
     "finds_batch_size": ("UnsupportedError", "Set auto_find_batch_size=False"),
     "exists": ("RecordError", "has a stage 'train' already .complete, 2 steps"),
 }
-EQUAL = ("run", "tied", "sgd_on_cpu", "dispatched", "split")
+EQUAL = ("run", "tied", "sgd_on_cpu", "dispatched", "split", "lora", "best")
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """Folder of every case, run by two processes."""
     folder = tmp_path_factory.mktemp("two")
-    launch("two_runs.py", folder, *RECORDED, *REFUSED, "disk_is_full")
+    killed(folder / "resumed_as_two")  # by one process
+    launch("two_runs.py", folder, *RECORDED, "killed", "scores", *REFUSED, "disk_is_full")
     return folder
 
 
@@ -80,21 +84,23 @@ def test_the_record_of_two_processes_replays(two, case):
     assert endings(two / case) == [None, None]
     record = TrainingRecord.load(two / case / "record")
     assert record.verify() == []
-    stage = record.stage()
-    assert stage.training["num_processes"] == 2
+    stage = record.stages[-1]
+    assert stage.training["num_processes"] == (1 if case == "resumed_as_two" else 2)  # as it was started
     model = MODELS[case]() if case == "mean_loss" else None
     again = replay(stage, ROWS.get(case, random_rows(24)), model=model)
     final = stage.weights("final")
     moved = distance(stage.weights("initial"), final)
     assert moved > 0.1
-    assert distance({name: p.detach() for name, p in again.named_parameters()}, final) <= 1e-9 * moved
+    assert distance({name: p.detach() for name, p in again.named_parameters() if name in final}, final) <= 1e-9 * moved
 
 
 @pytest.mark.parametrize("case", EQUAL)
 def test_the_record_is_that_of_one_process(two, tmp_path, case):
     CASES[case](tmp_path)
-    one, both = (TrainingRecord.load(folder / "record").stage() for folder in (tmp_path, two / case))
-    assert_same_run(one, both)
+    one, both = (TrainingRecord.load(folder / "record").stages for folder in (tmp_path, two / case))
+    for first, second in zip(one, both, strict=True):
+        assert_same_run(first, second)
+        assert first.data["frozen"] == second.data["frozen"] and first.frozen == second.frozen
 
 
 def batches(folder):
@@ -132,6 +138,38 @@ def test_means_over_the_micro_batch_stay_apart(two):
     for step in batches(two / "mean_loss"):
         assert [len(batch.rows) for batch in step] == [2, 2, 2, 2]
         assert all(batch.normalizer == batch.items * 2 * 2 for batch in step)
+
+
+def test_a_killed_run_resumes_bit_for_bit(two):
+    whole, again = (TrainingRecord.load(two / case / "record").stage() for case in ("run", "resumed"))
+    assert_same_run(whole, again)
+    for first, second in zip(whole.segments, again.segments, strict=True):
+        assert distance(first.parameters(), second.parameters()) == 0
+        assert distance(first.preconditioner(), second.preconditioner()) == 0
+    assert distance(whole.weights("final"), again.weights("final")) == 0
+
+
+def test_one_process_resumes_what_two_began_and_the_other_way_round(two):
+    whole = TrainingRecord.load(two / "run" / "record").stage()
+    assert TrainingRecord.load(two / "killed" / "record").stage().status == "running"
+    resumed(two / "killed")
+    for case in ("killed", "resumed_as_two"):
+        assert_same_run(whole, TrainingRecord.load(two / case / "record").stage())
+
+
+# ---- Scores ----
+
+
+@pytest.mark.parametrize("method", ["source", "grad-dot", "grad-cos"])
+def test_two_processes_score_like_one(two, tmp_path, method):
+    """Each scores its share of the rows; float32 sums in another order are the only difference."""
+    CASES["run"](tmp_path)
+    first, second = (np.load(two / f"{method}-{rank}.npy") for rank in range(2))
+    np.testing.assert_array_equal(first, second)
+    bound = 1e-5 * np.abs(first).max()
+    for record in (two / "run" / "record", tmp_path / "record"):
+        np.testing.assert_allclose(score(record, method), first, rtol=1e-4, atol=bound)
+    assert (np.abs(first) > bound).any(axis=0).all()  # no row was left out
 
 
 # ---- What one process refuses, all refuse ----

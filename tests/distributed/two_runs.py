@@ -24,11 +24,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from cases import config, random_rows, tiny_gpt2, tiny_llama  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
-from hf_source.recording import SourceTrainer  # noqa: E402
+from hf_source import Queries, SourceAttributor, SourceTrainer  # noqa: E402
 
 
 RANK = int(os.environ.get("RANK", 0))
@@ -63,14 +65,14 @@ class StopAfter(TrainerCallback):
             raise Stop
 
 
-def run(folder, model=None, rows=None, callbacks=(), resume=None, optimizers=(None, None), **settings):
+def run(folder, model=None, rows=None, resume=None, trainer=SourceTrainer, **settings):
     """Two processes take 2 rows each per micro-batch, where one process takes 4."""
     share = 4 // int(os.environ.get("WORLD_SIZE", 1))
     settings = {"per_device_train_batch_size": share, "num_segments": 2} | settings
     model = tiny_llama(dtype=torch.float64) if model is None else model
     rows = random_rows(24) if rows is None else rows
-    others = {"callbacks": list(callbacks), "optimizers": optimizers}
-    trainer = SourceTrainer(model, config(folder, **settings), train_dataset=rows, **others)
+    others = {name: settings.pop(name) for name in ("callbacks", "optimizers", "eval_dataset") if name in settings}
+    trainer = trainer(model, config(folder, **settings), train_dataset=rows, **others)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -109,6 +111,58 @@ def split(folder):
 
 def by_length(folder):
     run(folder, train_sampling_strategy="group_by_length")
+
+
+def lora(folder):
+    """The second stage of a record: frozen weights are those that the first ended with."""
+    model = tiny_llama(dtype=torch.float64)
+    run(folder, model, stage="full", max_steps=4)
+    torch.manual_seed(0)
+    adapter = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    run(folder, get_peft_model(model, adapter, autocast_adapter_dtype=False), stage="lora")
+
+
+def best(folder):
+    """The run ends with the weights of step 4, and so does its record."""
+
+    class Scripted(SourceTrainer):
+        def evaluate(self, *args, **kwargs):
+            return {"eval_loss": abs(self.state.global_step - 4)}
+
+    every = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    every |= {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    run(folder, trainer=Scripted, eval_dataset=random_rows(24), **every)
+
+
+SAVES = {"save_strategy": "steps", "save_steps": 2}
+
+
+def killed(folder):
+    try:
+        run(folder, callbacks=[StopAfter(5)], **SAVES)
+    except Stop:
+        return
+
+
+def resumed(folder):
+    """From the checkpoint that is there, or else from that of a run just killed."""
+    if not (folder / "out").exists():
+        killed(folder)
+    run(folder, resume=True, **SAVES)
+
+
+def scores(folder):
+    """Scores of the record that the case `run` has made."""
+    for name in ("source", "grad-dot", "grad-cos"):
+        found = score(folder.parent / "run" / "record", name)
+        np.save(folder.parent / f"{name}-{RANK}.npy", found)
+
+
+def score(record, method, **settings):
+    """Scores of all rows, in batches of about 3 rows so that there are several to share out."""
+    settings = {"num_samples": 16, "max_tokens_per_batch": 36, "progress": False} | settings
+    queries = Queries.from_dataset(random_rows(3, seed=7))
+    return SourceAttributor.from_record(record, method=method, **settings).scores(None, queries)
 
 
 def other_rows(folder):
@@ -150,8 +204,10 @@ def exists(folder):
 CASES = {
     case.__name__: case
     for case in (run, tied, local_counts, mean_loss, sgd_on_cpu, uneven, drop_last, dispatched, split, by_length)
+    + (lora, best, killed, resumed, scores)
     + (other_rows, one_refuses, disk_is_full, on_signal, finds_batch_size, exists)
 }
+CASES["resumed_as_two"] = resumed
 
 
 def refuse_to_write(event, arguments):

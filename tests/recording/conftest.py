@@ -18,6 +18,9 @@ import gc
 import peft  # noqa: F401
 import pytest
 import transformers  # noqa: F401
+from resuming import run
+
+from hf_source.recording import TrainingRecord
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,3 +30,11 @@ def light_garbage_collection():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """Record of the run that was never interrupted (segments at steps 0 and 4, checkpoints at 2, 4, 6, 8, 9)."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder)
+    return TrainingRecord.load(folder / "record")

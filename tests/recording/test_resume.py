@@ -16,65 +16,14 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from cases import config, random_rows, tiny_gpt2, tiny_llama, train
+from resuming import KillAfter, Killed, assert_same_record, assert_same_tensors, run
 from transformers import TrainerCallback
 
 from hf_source.errors import RecordError
 from hf_source.recording import SourceTrainer, TrainingRecord, replay
-
-
-class Killed(Exception):
-    """Stands for a process that is killed."""
-
-
-class KillAfter(TrainerCallback):
-    def __init__(self, step, event="on_step_end"):
-        self.step = step
-        setattr(self, event, self.kill)
-
-    def kill(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise Killed
-
-
-def run(folder, make=tiny_llama, callbacks=(), resume=None, **settings):
-    settings = {"save_strategy": "steps", "save_steps": 2, "num_segments": 2} | settings
-    trainer = SourceTrainer(make(), config(folder, **settings), train_dataset=random_rows(), callbacks=list(callbacks))
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
-
-
-def assert_same_record(first, second):
-    """All that a reader can see is equal, bit for bit."""
-    for left, right in zip(first.stages, second.stages, strict=True):
-        assert (left.name, left.num_steps, left.status) == (right.name, right.num_steps, right.status)
-        one, two = left.steps(), right.steps()
-        for field in ("step", "epoch", "learning_rate", "grad_norm", "clip_factor", "skipped"):
-            np.testing.assert_array_equal(getattr(one, field), getattr(two, field), err_msg=field)
-        assert one.micro_batches == two.micro_batches
-        assert left.data["segments"] == right.data["segments"]
-        for a, b in zip(left.segments, right.segments, strict=True):
-            assert_same_tensors(a.parameters(), b.parameters())
-            assert_same_tensors(a.preconditioner(), b.preconditioner())
-        for which in ("initial", "final"):
-            assert_same_tensors(left.weights(which), right.weights(which))
-
-
-def assert_same_tensors(first, second):
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """Record of the run that was never interrupted (segments at steps 0 and 4, checkpoints at 2, 4, 6, 8, 9)."""
-    folder = tmp_path_factory.mktemp("whole")
-    run(folder)
-    return TrainingRecord.load(folder / "record")
 
 
 @pytest.mark.parametrize("steps_per_shard", [500, 3])
@@ -221,21 +170,6 @@ def killed(tmp_path):
     with pytest.raises(Killed):
         run(tmp_path, callbacks=[KillAfter(5)])
     return tmp_path
-
-
-def test_checkpoint_without_recording(killed):
-    (killed / "out" / "checkpoint-4" / "source_recording.json").unlink()
-    with pytest.raises(RecordError, match="checkpoint-4 holds no recording"):
-        run(killed, resume=True)
-    run(killed, resume=str(killed / "out" / "checkpoint-2"))
-
-
-@pytest.mark.parametrize("suffix", ["json", "safetensors"])
-def test_torn_sidecar(killed, suffix):
-    file = killed / "out" / "checkpoint-4" / f"source_recording.{suffix}"
-    file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(RecordError, match=f"source_recording.{suffix} is damaged.*earlier checkpoint"):
-        run(killed, resume=True)
 
 
 def test_checkpoint_of_another_record(killed):
