@@ -77,7 +77,8 @@ def _refuse_compiled(model: torch.nn.Module) -> None:
         )
 
 
-_DATA_PARALLEL = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_SDAA")
+_DEVICES = ("CPU", "GPU", "XPU", "NPU", "MLU", "MUSA", "SDAA")
+_DATA_PARALLEL = ("NO", "FSDP", *(f"MULTI_{device}" for device in _DEVICES))
 
 
 def _refuse_ways_to_share(trainer: Any) -> None:
@@ -93,13 +94,10 @@ def _refuse_ways_to_share(trainer: Any) -> None:
         raise UnsupportedError(
             "DeepSpeed updates the weights inside the training step and keeps them in buffers of its own, where "
             "recording cannot follow. Leave `deepspeed=` out and train with plain data parallelism (`accelerate "
-            "launch`)."
+            "launch`), or with FSDP (`fsdp=True`)."
         )
     if trainer.is_fsdp_enabled:
-        raise UnsupportedError(
-            "FSDP shards the weights and the optimizer, which recording cannot read yet. Leave `fsdp=` out and train "
-            "with plain data parallelism (`accelerate launch`)."
-        )
+        _refuse_ways_to_shard(trainer)
     kind = str(getattr(accelerator.distributed_type, "name", accelerator.distributed_type))
     shared = [size() for size in (trainer.get_tp_size, trainer.get_cp_size, trainer.get_sp_size)]
     if kind not in _DATA_PARALLEL or max(shared) > 1 or trainer.is_distributed_loading_by_transformers:
@@ -118,6 +116,22 @@ def _refuse_ways_to_share(trainer: Any) -> None:
             "auto_find_batch_size starts again where memory ran out, which may be one process of several. Set "
             "auto_find_batch_size=False and a per_device_train_batch_size that fits."
         )
+
+
+def _refuse_ways_to_shard(trainer: Any) -> None:
+    plugin, parallel = trainer.accelerator.state.fsdp_plugin, trainer.accelerator.parallelism_config
+    if plugin.fsdp_version != 2:
+        raise UnsupportedError(
+            "FSDP1 flattens the weights into one tensor per layer, which recording cannot take apart. Use FSDP2: "
+            "fsdp_config={'version': 2} (or `fsdp_version: 2` in the accelerate config)."
+        )
+    if parallel is not None and parallel.dp_replicate_size > 1:
+        raise UnsupportedError(
+            f"dp_replicate_size={parallel.dp_replicate_size} shards weights over some processes and copies them to "
+            "others, which recording has not been tested with. Shard over all processes: leave parallelism_config out."
+        )
+    if trainer.args.torch_compile:
+        raise UnsupportedError("FSDP with torch_compile cannot be recorded yet. Set torch_compile=False.")
 
 
 def _refuse_batch_norm(model: torch.nn.Module) -> None:

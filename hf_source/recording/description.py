@@ -27,9 +27,10 @@ from .checks import has_dropout
 from .config import RecordingOptions
 from .losses import describe_loss
 from .models import plain_model
-from .names import canonical_name
+from .names import canonical_name, named_parameters, unwrapped_name
 from .optimizers import OptimizerDescription
 from .rows import RowDataset
+from .sharding import class_of
 from .stage import StageRecord
 from .writer import RecordWriter
 
@@ -49,9 +50,9 @@ def describe_stage(trainer: Any, options: RecordingOptions, optimizer: Optimizer
         "visits": "recorded",
         "loss": describe_loss(trainer),
         "optimizer": optimizer.to_dict(),
-        "trainable": {n: _describe_tensor(p) for n, p in model.named_parameters() if n in trained},
+        "trainable": {n: _describe_tensor(p) for n, p in named_parameters(model) if n in trained},
         "frozen_parameters": {n: _describe_tensor(t) for n, t in frozen_tensors(model, trained).items()},
-        "buffers": {n: _describe_tensor(b)["dtype"] for n, b in model.named_buffers()},
+        "buffers": {unwrapped_name(n): _describe_tensor(b)["dtype"] for n, b in model.named_buffers()},
         "dataset": _describe_dataset(trainer, options),
         "collator": {"class": _class_name(getattr(trainer.data_collator, "collator", trainer.data_collator))},
         "training": describe_training(trainer),
@@ -71,6 +72,7 @@ def describe_training(trainer: Any) -> dict[str, Any]:
         "max_steps": trainer.state.max_steps,
         "per_device_train_batch_size": trainer.state.train_batch_size,
         "num_processes": args.world_size,
+        "sharded": trainer.is_fsdp_enabled,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "max_grad_norm": float(args.max_grad_norm or 0.0),
         "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
@@ -122,8 +124,8 @@ def _describe_model(model: torch.nn.Module) -> dict[str, Any]:
             "(`model.delete_adapter(name)`), or merge them into the base model first."
         )
     return {
-        "class": type(plain).__name__,
-        "module": type(plain).__module__,
+        "class": class_of(plain).__name__,
+        "module": class_of(plain).__module__,
         "peft": bool(adapters),
         "adapter_name": adapters[0] if adapters else None,
         "has_config": hasattr(plain, "config") and hasattr(plain.config, "save_pretrained"),
@@ -137,7 +139,7 @@ def save_model_files(model: torch.nn.Module, writer: RecordWriter) -> None:
         return
     config = copy.deepcopy(plain.config)
     # Set by from_pretrained and save_pretrained only: a model built from a config does not have it yet.
-    config.architectures = [type(plain).__name__]
+    config.architectures = [class_of(plain).__name__]
     config.save_pretrained(folder)
     if getattr(plain, "generation_config", None) is not None and plain.can_generate():
         plain.generation_config.save_pretrained(folder)
@@ -149,21 +151,21 @@ def save_model_files(model: torch.nn.Module, writer: RecordWriter) -> None:
 
 def frozen_tensors(model: torch.nn.Module, trained: set[str]) -> dict[str, torch.Tensor]:
     """Parameters that do not train, and buffers that belong to the saved state."""
-    frozen = {name: p.detach() for name, p in model.named_parameters() if name not in trained}
-    saved = model.state_dict().keys()
-    return frozen | {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    frozen = {name: p.detach() for name, p in named_parameters(model) if name not in trained}
+    saved = {unwrapped_name(name) for name in model.state_dict()}
+    buffers = {unwrapped_name(name): buffer for name, buffer in model.named_buffers()}
+    return frozen | {name: buffer for name, buffer in buffers.items() if name in saved}
 
 
 def save_frozen(
-    model: torch.nn.Module, trained: set[str], writer: RecordWriter, parent: StageRecord | None, store: bool
+    frozen: Mapping[str, torch.Tensor], writer: RecordWriter, parent: StageRecord | None, store: bool
 ) -> str:
-    """Store what does not train, or say where it can be found.
+    """Store what does not train (see `frozen_tensors`), or say where it can be found.
 
     Returns:
         `"none"` (everything trains), `"parent"` (equal to the weights at the end of the stage before), `"stored"`, or
         `"omitted"` (`record_frozen_weights=False`).
     """
-    frozen = frozen_tensors(model, trained)
     if not frozen:
         return "none"
     if parent is not None and not differing(frozen, parent, require_all=True):
@@ -196,9 +198,8 @@ def differing(tensors: Mapping[str, torch.Tensor], parent: StageRecord, *, requi
     return found
 
 
-def continues(model: torch.nn.Module, parent: StageRecord) -> bool:
-    """Whether the model starts where the parent stage ended; warns if it does not."""
-    tensors = {name: p.detach() for name, p in model.named_parameters()}
+def continues(tensors: Mapping[str, torch.Tensor], parent: StageRecord) -> bool:
+    """Whether a model of these parameters starts where the parent stage ended; warns if it does not."""
     names = {canonical_name(name) for name in tensors}
     missing = [name for name in parent.trainable if canonical_name(name) not in names]
     changed = differing(tensors, parent, require_all=False)

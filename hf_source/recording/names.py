@@ -11,9 +11,30 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Parameter names that stay the same when a model is wrapped (PEFT, `torch.compile`, DDP)."""
+"""Parameter names that stay the same when a model is wrapped (PEFT, `torch.compile`, DDP, FSDP, checkpointing)."""
 
-_DROPPED_ANYWHERE = {"_orig_mod", "base_layer", "original_module"}
+from collections.abc import Iterator
+
+import torch
+
+
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+_DROPPED_ANYWHERE = _WRAPPERS | {"base_layer", "original_module"}
+
+
+def unwrapped_name(name: str) -> str:
+    """The name without what activation checkpointing and FSDP put in; adapters keep their names.
+
+    Example:
+        >>> unwrapped_name("model.layers.0._checkpoint_wrapped_module.mlp.up_proj.weight")
+        'model.layers.0.mlp.up_proj.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The model's parameters under the names that they have in records."""
+    return ((unwrapped_name(name), parameter) for name, parameter in model.named_parameters())
 
 
 def canonical_name(name: str) -> str:

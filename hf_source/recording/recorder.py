@@ -30,6 +30,7 @@ from ..errors import RecordError, UnsupportedError
 from .optimizers import describe_optimizer
 from .processes import Processes
 from .segments import SegmentAccumulator
+from .sharding import whole_tensors
 from .writer import RecordWriter, file_entry, write_json, write_tensors
 
 
@@ -144,7 +145,8 @@ class StageRecorder:
         """Close the stage with its final weights."""
         if self.step > self._segment_start:
             self._close_segment()
-        self.processes.agree(lambda: self.writer.add_tensors("final.safetensors", weights), main_only=True)
+        final = whole_tensors(weights, keep=self.processes.is_main)
+        self.processes.agree(lambda: self.writer.add_tensors("final.safetensors", final), main_only=True)
         self.writer.stage["status"] = "complete"
         self.flush()
 
@@ -152,6 +154,7 @@ class StageRecorder:
         """Write to a checkpoint folder what resuming from it needs."""
         self.flush()
         tensors, scalars = self.accumulator.state()
+        tensors = whole_tensors(tensors, keep=self.processes.is_main)
         self.processes.agree(lambda: self._write_sidecar(folder, tensors, scalars), main_only=True)
 
     def _write_sidecar(self, folder: Path, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]) -> None:
@@ -172,8 +175,8 @@ class StageRecorder:
     def go_back(self, folder: Path) -> None:
         """Continue from a checkpoint: the record forgets what came after it."""
         state = self.processes.agree(lambda: read_sidecar(folder), main_only=True)
-        if self.processes.is_main:
-            self.accumulator.load_state(load_file(folder / f"{SIDECAR}.safetensors"), state["sums"])
+        main = self.processes.is_main
+        self.accumulator.load_state(load_file(folder / f"{SIDECAR}.safetensors") if main else {}, state["sums"])
         self.step = self.first_step = state["step"]
         self.segment_starts = state["segment_starts"]
         self._segment_start = state["segment_start"]
@@ -205,7 +208,9 @@ class StageRecorder:
     def _close_segment(self) -> None:
         index = len(self.writer.stage["segments"])
         scalars = self.accumulator.scalars()
-        parameters, scale = self.accumulator.close()
+        parameters, scale = (
+            whole_tensors(tensors, keep=self.processes.is_main) for tensors in self.accumulator.close()
+        )
 
         def write() -> None:
             self.writer.add_tensors(f"segments/{index}/parameters.safetensors", parameters)

@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..errors import ConfigError
 from .optimizers import GroupDescription, InverseRootRule, OptimizerDescription
+from .sharding import as_sharded, is_sharded, local, part_of
 
 
 # Entries handled at once, per device type: on a CPU what stays in the cache (measured 2 against 23 ns an entry for
@@ -110,7 +111,7 @@ class SegmentAccumulator:
         on_cpu: keep the sums in CPU memory.
 
     The sums are float32 for half-precision parameters (a bfloat16 sum stops growing after a few hundred steps) and of
-    the parameters' dtype otherwise.
+    the parameters' dtype otherwise. Of sharded parameters (FSDP2) each process sums its own shard.
     """
 
     def __init__(
@@ -151,7 +152,7 @@ class SegmentAccumulator:
         weight = learning_rate * clip_factor
         if weight == 0:
             return
-        values = [p.detach() for p in self.parameters.values()]
+        values = [local(p.detach()) for p in self.parameters.values()]
         if self.device is not None:
             values = [value.to(self.device) for value in values]
         torch._foreach_add_(list(self.theta.values()), values, alpha=weight)
@@ -195,10 +196,9 @@ class SegmentAccumulator:
         self._before = {}
 
     def _preconditioner(self, name: str) -> torch.Tensor:
-        group, parameter = self._group(name), self.parameters[name]
-        state = self.optimizer.state[parameter]
+        group, parameter = self._group(name), local(self.parameters[name])
         before = self._before.get(name)
-        return group.how.preconditioner(parameter, state, group.constants, self._updates[name], before)
+        return group.how.preconditioner(parameter, self._state(name), group.constants, self._updates[name], before)
 
     def _add_inverse_roots(self, group: int, pieces: Sequence[tuple[str, int, int]], weight: float) -> None:
         """`sum += weight * scale * sign(v) / (sqrt(v) + eps)`: `InverseRootRule.preconditioner` of many tensors."""
@@ -212,9 +212,8 @@ class SegmentAccumulator:
             if eps is None:
                 total.add_(weight * scale)
                 continue
-            parameter = self.parameters[name]
+            parameter, state = local(self.parameters[name]), self._state(name)
             piece = None if stop - start == parameter.numel() else slice(start, stop)
-            state = self.optimizer.state[parameter]
             moment = rule.second_moment(parameter, state, constants, piece, self._before.get(name))
             second.append(moment.to(total.dtype))
             sums.append(total)
@@ -241,13 +240,18 @@ class SegmentAccumulator:
         total = self.effective_learning_rate_sum
         if total == 0:
             for name, parameter in self.parameters.items():
-                self.theta[name].copy_(parameter)
+                self.theta[name].copy_(local(parameter))
             total = 1.0
         else:
             torch._foreach_div_(list(self.theta.values()), total)
         if self.scale:
             torch._foreach_div_(list(self.scale.values()), total)
-        return self.theta, {name: self.scale.get(name, self._scalar(name, total)) for name in self.theta}
+        scale = {name: self.scale.get(name, self._scalar(name, total)) for name in self.theta}
+        return self._as_parameters(self.theta), self._as_parameters(scale)
+
+    def _as_parameters(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Sums of a sharded parameter's shards, as tensors that know of the other processes' shards."""
+        return {name: as_sharded(tensor, self.parameters[name]) for name, tensor in tensors.items()}
 
     def _scalar(self, name: str, total: float) -> torch.Tensor | None:
         group, effective = self._group(name), self.effective_learning_rate_sum_per_group[self.group_of[name]]
@@ -267,21 +271,28 @@ class SegmentAccumulator:
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Tensors and scalars that continue this segment elsewhere (see `load_state`)."""
-        tensors = {f"parameters/{name}": value for name, value in self.theta.items()}
-        tensors |= {f"preconditioner/{name}": value for name, value in self.scale.items()}
+        tensors = {f"parameters/{name}": value for name, value in self._as_parameters(self.theta).items()}
+        tensors |= {f"preconditioner/{name}": value for name, value in self._as_parameters(self.scale).items()}
         return tensors, self.scalars()
 
     def load_state(self, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]) -> None:
-        """Continue a segment from `state`."""
+        """Continue a segment from `state`. Of sharded parameters, the first process gives whole tensors to all."""
         for prefix, sums in (("parameters", self.theta), ("preconditioner", self.scale)):
             for name, value in sums.items():
-                value.copy_(tensors[f"{prefix}/{name}"])
+                whole, parameter = tensors.get(f"{prefix}/{name}"), self.parameters[name]
+                value.copy_(part_of(whole, value.dtype, parameter) if is_sharded(parameter) else whole)
         for key, value in scalars.items():
             setattr(self, key, value)
 
     def _zeros(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         dtype = parameter.dtype if parameter.dtype.itemsize >= 4 else torch.float32
-        return torch.zeros_like(parameter, dtype=dtype, device=self.device, requires_grad=False)
+        return torch.zeros_like(local(parameter), dtype=dtype, device=self.device, requires_grad=False)
+
+    def _state(self, name: str) -> dict[str, Any]:
+        state = self.optimizer.state[self.parameters[name]]
+        if not is_sharded(self.parameters[name]):
+            return state
+        return {key: local(value) if isinstance(value, torch.Tensor) else value for key, value in state.items()}
 
     def _group(self, name: str) -> GroupDescription:
         return self.description.groups[self.group_of[name]]
@@ -297,7 +308,7 @@ class SegmentAccumulator:
             pieces: list[tuple[str, int, int]] = []
             filled = 0
             for name in group.parameters:
-                parameter = self.parameters[name]
+                parameter = local(self.parameters[name])
                 chunk = _CHUNK.get(parameter.device.type, _CHUNK_ELSEWHERE)
                 # Only contiguous memory can be cut by entry number.
                 size = chunk if parameter.is_contiguous() else max(parameter.numel(), 1)

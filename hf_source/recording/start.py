@@ -23,18 +23,31 @@ from accelerate.logging import get_logger
 from ..errors import RecordError, UnsupportedError
 from .checkpoints import check_history
 from .config import RecordingOptions
-from .description import continues, describe_stage, describe_training, save_frozen, save_model_files, save_tokenizer
+from .description import (
+    continues,
+    describe_stage,
+    describe_training,
+    frozen_tensors,
+    save_frozen,
+    save_model_files,
+    save_tokenizer,
+)
+from .names import named_parameters
 from .optimizers import OptimizerDescription, describe_optimizer, is_fresh, unwrap_optimizer
 from .processes import Processes
 from .record import TrainingRecord
 from .recorder import StageRecorder
 from .segments import NoSums, SegmentAccumulator, plan_segments, scheduled_learning_rates
+from .sharding import is_sharded, whole_tensors
 from .stored_rows import write_rows
 from .warm import save_optimizer_state
 from .writer import RecordWriter
 
 
 logger = get_logger(__name__)
+
+SHARDED_OPTIMIZERS = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad")
+"""Optimizers that update each entry of a tensor by itself."""
 
 
 def start_recorder(
@@ -52,24 +65,26 @@ def start_recorder(
         UnsupportedError: if the optimizer cannot be described.
         RecordError: if the checkpoint does not continue a stage of this record.
     """
-    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    names = {parameter: name for name, parameter in named_parameters(trainer.model)}
     optimizer = unwrap_optimizer(trainer.optimizer)
-    description, stage = processes.agree(lambda: _describe(trainer, options, names))
+    description, stage = processes.agree(lambda: _describe(trainer, options, names, resume_folder is not None))
     _refuse_other_rows(stage, processes)
     trained = {name for group in description.groups for name in group.parameters}
-    parameters = {name: p for name, p in trainer.model.named_parameters() if name in trained}
+    parameters = {name: p for name, p in named_parameters(trainer.model) if name in trained}
+    weights = {} if resume_folder else _all_weights(trainer.model, trained, processes)
 
     def stage_entry() -> dict[str, Any]:
         if resume_folder is not None:
             return _resumed_stage(options, stage, resume_folder).stage
         stage["planned_segment_starts"] = _plan_segments(trainer, options, description)
-        writer = _new_stage(trainer, options, stage, parameters)
+        writer = _new_stage(trainer, options, stage, weights)
         _store_moments(optimizer, names, writer)
         return writer.stage
 
     writer = RecordWriter(Path(options.record_dir), processes.agree(stage_entry, main_only=True))
-    # Every process has the same weights and optimizer, so one keeps the sums.
-    kind = SegmentAccumulator if processes.is_main else NoSums
+    # Unless they are sharded, every process has the same weights and optimizer, so one keeps the sums.
+    sums_here = processes.is_main or any(map(is_sharded, parameters.values()))
+    kind = SegmentAccumulator if sums_here else NoSums
     accumulator = kind(parameters, optimizer, description, options.record_averages_on_cpu)
     recorder = StageRecorder(writer, accumulator, writer.stage["planned_segment_starts"], names, processes)
     if resume_folder is not None:
@@ -78,7 +93,7 @@ def start_recorder(
 
 
 def _describe(
-    trainer: Any, options: RecordingOptions, names: Mapping[torch.nn.Parameter, str]
+    trainer: Any, options: RecordingOptions, names: Mapping[torch.nn.Parameter, str], resumes: bool
 ) -> tuple[OptimizerDescription, dict[str, Any]]:
     """The optimizer, and the stage's entry of `record.json`."""
     optimizer = unwrap_optimizer(trainer.optimizer)
@@ -86,7 +101,28 @@ def _describe(
     trained = {name for group in description.groups for name in group.parameters}
     if not trained:
         raise UnsupportedError("The optimizer trains no parameter: set requires_grad on what should train.")
+    if any(map(is_sharded, names)):
+        _refuse_sharded(description, has_moments=not resumes and not is_fresh(optimizer))
     return description, describe_stage(trainer, options, description)
+
+
+def _refuse_sharded(description: OptimizerDescription, has_moments: bool) -> None:
+    if description.name not in SHARDED_OPTIMIZERS:
+        raise UnsupportedError(
+            f"{description.name} is not known to update each entry of a tensor by itself, so it cannot be recorded "
+            f"where each process has a part. With FSDP use one of {', '.join(SHARDED_OPTIMIZERS)}."
+        )
+    if has_moments:
+        raise UnsupportedError(
+            "The optimizer carries moments from earlier training, sharded over the processes, which recording cannot "
+            "store. Make a new trainer for a new stage."
+        )
+
+
+def _all_weights(model: torch.nn.Module, trained: set[str], processes: Processes) -> dict[str, torch.Tensor]:
+    """Everything a model is rebuilt from, on the main process."""
+    parameters = {name: parameter.detach() for name, parameter in named_parameters(model)}
+    return whole_tensors(parameters | frozen_tensors(model, trained), keep=processes.is_main)
 
 
 def _store_moments(optimizer: Any, names: Mapping[torch.nn.Parameter, str], writer: RecordWriter) -> None:
@@ -157,7 +193,7 @@ def _plan_segments(trainer: Any, options: RecordingOptions, description: Optimiz
 
 
 def _new_stage(
-    trainer: Any, options: RecordingOptions, stage: dict[str, Any], parameters: Mapping[str, torch.nn.Parameter]
+    trainer: Any, options: RecordingOptions, stage: dict[str, Any], weights: Mapping[str, torch.Tensor]
 ) -> RecordWriter:
     """Append the stage to the record, or put it in the place of the one it overwrites."""
     root = Path(options.record_dir)
@@ -173,12 +209,14 @@ def _new_stage(
     stage |= {"index": index, "parent": parent.name if parent else None}
     writer = RecordWriter(root, stage)
     writer.create()
-    stage["continues_parent"] = parent is not None and continues(trainer.model, parent)
-    stage["frozen"] = save_frozen(trainer.model, set(parameters), writer, parent, store=options.record_frozen_weights)
+    frozen = {name: weights[name] for name in frozen_tensors(trainer.model, set(stage["trainable"]))}
+    model = {name: weights[name] for name, _ in named_parameters(trainer.model)}
+    stage["continues_parent"] = parent is not None and continues(model, parent)
+    stage["frozen"] = save_frozen(frozen, writer, parent, store=options.record_frozen_weights)
     save_model_files(trainer.model, writer)
     if options.record_rows:
         write_rows(trainer.train_dataset, writer)
-    writer.add_tensors("initial.safetensors", parameters)
+    writer.add_tensors("initial.safetensors", {name: weights[name] for name in stage["trainable"]})
     writer.commit()
     save_tokenizer(trainer.processing_class, writer)
     return writer

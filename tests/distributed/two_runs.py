@@ -26,14 +26,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from accelerate import DistributedType, PartialState  # noqa: E402
 from cases import config, random_rows, tiny_gpt2, tiny_llama  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
-from hf_source import Queries, SourceAttributor, SourceTrainer  # noqa: E402
+from hf_source import Queries, SourceAttributor, SourceTrainer, TrainingRecord  # noqa: E402
 
 
 RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
 class MeanLossLlama(type(tiny_llama())):
@@ -67,12 +69,17 @@ class StopAfter(TrainerCallback):
 
 def run(folder, model=None, rows=None, resume=None, trainer=SourceTrainer, **settings):
     """Two processes take 2 rows each per micro-batch, where one process takes 4."""
-    share = 4 // int(os.environ.get("WORLD_SIZE", 1))
+    share = 4 // WORLD
     settings = {"per_device_train_batch_size": share, "num_segments": 2} | settings
     model = tiny_llama(dtype=torch.float64) if model is None else model
     rows = random_rows(24) if rows is None else rows
     others = {name: settings.pop(name) for name in ("callbacks", "optimizers", "eval_dataset") if name in settings}
-    trainer = trainer(model, config(folder, **settings), train_dataset=rows, **others)
+    args = config(folder, **settings)
+    if settings.get("fsdp") and WORLD > 1:
+        # Accelerate shards on accelerators only. FSDP2 itself works on CPUs, so let it take this for one.
+        assert args.device.type == "cpu"
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    trainer = trainer(model, args, train_dataset=rows, **others)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -113,16 +120,16 @@ def by_length(folder):
     run(folder, train_sampling_strategy="group_by_length")
 
 
-def lora(folder):
+def lora(folder, **settings):
     """The second stage of a record: frozen weights are those that the first ended with."""
-    model = tiny_llama(dtype=torch.float64)
-    run(folder, model, stage="full", max_steps=4)
+    run(folder, stage="full", max_steps=4, **settings)
+    model = TrainingRecord.load(folder / "record").stage("full").build_model()  # FSDP does not wrap a model twice
     torch.manual_seed(0)
     adapter = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    run(folder, get_peft_model(model, adapter, autocast_adapter_dtype=False), stage="lora")
+    run(folder, get_peft_model(model, adapter, autocast_adapter_dtype=False), stage="lora", **settings)
 
 
-def best(folder):
+def best(folder, **settings):
     """The run ends with the weights of step 4, and so does its record."""
 
     class Scripted(SourceTrainer):
@@ -131,24 +138,24 @@ def best(folder):
 
     every = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     every |= {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
-    run(folder, trainer=Scripted, eval_dataset=random_rows(24), **every)
+    run(folder, trainer=Scripted, eval_dataset=random_rows(24), **every, **settings)
 
 
 SAVES = {"save_strategy": "steps", "save_steps": 2}
 
 
-def killed(folder):
+def killed(folder, **settings):
     try:
-        run(folder, callbacks=[StopAfter(5)], **SAVES)
+        run(folder, callbacks=[StopAfter(5)], **SAVES, **settings)
     except Stop:
         return
 
 
-def resumed(folder):
+def resumed(folder, **settings):
     """From the checkpoint that is there, or else from that of a run just killed."""
     if not (folder / "out").exists():
-        killed(folder)
-    run(folder, resume=True, **SAVES)
+        killed(folder, **settings)
+    run(folder, resume=True, **SAVES, **settings)
 
 
 def scores(folder):
@@ -163,6 +170,66 @@ def score(record, method, **settings):
     settings = {"num_samples": 16, "max_tokens_per_batch": 36, "progress": False} | settings
     queries = Queries.from_dataset(random_rows(3, seed=7))
     return SourceAttributor.from_record(record, method=method, **settings).scores(None, queries)
+
+
+def sharding(**settings):
+    """FSDP2; one process alone has nothing to shard."""
+    return {"fsdp": True, "fsdp_config": {"version": 2} | settings} if WORLD > 1 else {}
+
+
+class HoldsAShare(SourceTrainer):
+    """Fails if the recorder of one process holds more than this process's share of the weights."""
+
+    def _finish_recording(self):
+        held = [sum(tensor.numel() for tensor in sums.values()) for sums in self._sums()]
+        assert held == [sum(p.numel() for p in self.model.parameters()) // WORLD] * 2
+        super()._finish_recording()
+
+    def _sums(self):
+        return self._recorder.accumulator.theta, self._recorder.accumulator.scale
+
+
+def fsdp(folder):
+    run(folder, trainer=HoldsAShare, **sharding())
+
+
+def fsdp_tied(folder):
+    """Biases of 48 and 16 entries, a tied head, activation checkpointing, layers wrapped one by one."""
+    wrap = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["GPT2Block"]}
+    run(folder, tiny_gpt2(dtype=torch.float64), **sharding(activation_checkpointing=True, **wrap))
+
+
+def fsdp_odd(folder):
+    """Dimensions that two processes cannot share evenly."""
+    model = tiny_llama(dtype=torch.float64, intermediate_size=23, vocab_size=49)
+    run(folder, model, optim="sgd", learning_rate=0.05, record_averages_on_cpu=True, **sharding())
+
+
+def fsdp_lora(folder):
+    lora(folder, **sharding())
+
+
+def fsdp_best(folder):
+    best(folder, **sharding())
+
+
+def fsdp_resumed(folder):
+    resumed(folder, **sharding())
+
+
+def fsdp_resumed_sharded(folder):
+    resumed(folder, **sharding(state_dict_type="SHARDED_STATE_DICT"))
+
+
+def fsdp_again(folder):
+    """A second train() on one trainer."""
+    trainer = run(folder, max_steps=2, **sharding())
+    trainer.args.stage = "again"
+    trainer.train()
+
+
+def fsdp_adafactor(folder):
+    run(folder, optim="adafactor", **sharding())
 
 
 def other_rows(folder):
@@ -205,6 +272,8 @@ CASES = {
     case.__name__: case
     for case in (run, tied, local_counts, mean_loss, sgd_on_cpu, uneven, drop_last, dispatched, split, by_length)
     + (lora, best, killed, resumed, scores)
+    + (fsdp, fsdp_tied, fsdp_odd, fsdp_lora, fsdp_best, fsdp_resumed, fsdp_resumed_sharded, fsdp_again)
+    + (fsdp_adafactor,)
     + (other_rows, one_refuses, disk_is_full, on_signal, finds_batch_size, exists)
 }
 CASES["resumed_as_two"] = resumed

@@ -13,6 +13,8 @@
 # limitations under the License.
 """What the trainer accepts, refuses, and does with rows on their way to the model."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,7 @@ from transformers import Trainer, TrainingArguments
 from hf_source.data import ROW, CausalLMCollator
 from hf_source.errors import DataError, UnsupportedError
 from hf_source.recording import RecordingMixin, SourceConfig, SourceTrainer, TrainingRecord, replay
+from hf_source.recording.checks import refuse_unsupported
 from hf_source.recording.rows import RowDataset, with_row_numbers
 
 
@@ -316,7 +319,6 @@ def test_settings_that_this_machine_cannot_make_are_refused(tmp_path, monkeypatc
     ("backend", "message"),
     [
         ("is_deepspeed_enabled", "DeepSpeed .*plain data parallelism"),
-        ("is_fsdp_enabled", "FSDP .*plain data parallelism"),
         ("is_distributed_loading_by_transformers", "may see the same rows.*Use data parallelism only"),
     ],
 )
@@ -325,6 +327,22 @@ def test_sharded_training_is_refused(tmp_path, backend, message):
     setattr(run, backend, True)
     with pytest.raises(UnsupportedError, match=message):
         run.train()
+
+
+@pytest.mark.parametrize(
+    ("plugin", "parallel", "message"),
+    [
+        ({"fsdp_version": 1}, {}, "Use FSDP2: fsdp_config={'version': 2}"),
+        ({"fsdp_version": 2}, {"dp_replicate_size": 2}, "Shard over all processes"),
+    ],
+)
+def test_other_ways_to_shard_are_refused(tmp_path, plugin, parallel, message):
+    run = SourceTrainer(tiny_llama(), config(tmp_path), train_dataset=random_rows())
+    run.is_fsdp_enabled = True
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(**plugin))
+    run.accelerator = SimpleNamespace(state=state, parallelism_config=SimpleNamespace(**parallel))
+    with pytest.raises(UnsupportedError, match=message):
+        refuse_unsupported(run)
 
 
 @pytest.mark.parametrize("size", ["get_tp_size", "get_cp_size", "get_sp_size"])
