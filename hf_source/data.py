@@ -36,8 +36,9 @@ ROW = "source_row"
 
 IGNORE_INDEX = -100
 
-TRAINED_COLUMNS = ("input_ids", "labels", "prompt_ids", "chosen_ids", "rejected_ids", "margin")
-"""Columns of prepared rows that decide what is trained: tokens, their labels, and pairs of preferences."""
+TRAINED_COLUMNS = ("input_ids", "labels", "prompt_ids", "chosen_ids", "rejected_ids", "margin", "row_ids")
+"""Columns of prepared rows that decide what is trained: tokens, their labels, pairs of preferences, and whose tokens a
+packed sequence holds."""
 
 
 def dataset_kind(column_names: Sequence[str]) -> str:

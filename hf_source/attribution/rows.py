@@ -20,10 +20,12 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from ..data import ROW, content_fingerprint, dataset_digest, prepare_rows, take_rows
+from ..data import ROW, content_fingerprint, prepare_rows, take_rows
 from ..errors import DataError, UnsupportedError
 from ..gradients import CausalLMTask, RowGradients, RowLossTask, Task
 from ..recording import StageRecord
+from ..recording.packing import split
+from ..recording.stored_rows import is_given
 
 
 class StageRows:
@@ -71,7 +73,11 @@ class StageRows:
         own = task if isinstance(task, RowLossTask) else CausalLMTask() if task else RowLossTask()
         self.columns = own.columns
         self.collate = data_collator or own.collator(processing_class)
-        self._count_pieces(own)
+        self._packed = None
+        if stage.packing is None:
+            self._count_pieces(own)
+        else:
+            self._split_pieces(own)
         if task is not None:
             self._check_items()
 
@@ -84,7 +90,7 @@ class StageRows:
                     f"them: pass `datasets={{{stage.name!r}: ...}}` to from_record."
                 )
             return stored
-        if len(dataset) == stage.num_rows and stored is not None and _is_given(dataset, stage):
+        if len(dataset) == stage.num_rows and stored is not None and is_given(dataset, stage):
             return stored
         if len(dataset) != stage.num_rows:
             raise DataError(
@@ -111,6 +117,28 @@ class StageRows:
         self.lengths, self.items = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
         for number, row in zip(self.trained, _features(self.dataset, self.columns), strict=True):
             self.lengths[number], self.items[number] = task.length(row), task.count_items(row)
+
+    def _split_pieces(self, task: RowLossTask) -> None:
+        """The pieces of packed sequences."""
+        examples = sorted(self.dataset, key=lambda example: example[ROW])
+        found = [(number, piece) for number, example in enumerate(examples) for piece in split(example)]
+        self.example = np.array([number for number, _ in found], dtype=np.int64)
+        self._packed = [piece for _, piece in found]
+        self.row = np.array([piece["row"] for piece in self._packed], dtype=np.int64)
+        self.trained = np.arange(len(found))
+        self.lengths = np.array([task.length(piece) for piece in self._packed], dtype=np.int64)
+        self.items = np.array([task.count_items(piece) for piece in self._packed], dtype=np.int64)
+        self._first_piece = np.searchsorted(self.example, np.arange(len(examples) + 1))
+        if self.given is self.dataset:
+            self.given = self._unpacked()
+            self.numbers = _row_numbers(self.given, self.stage.num_rows)
+
+    def _unpacked(self) -> Dataset:
+        """The rows that were trained on, put together again from their pieces."""
+        tokens: dict[int, list[int]] = {int(row): [] for row in np.unique(self.row)}
+        for row, piece in zip(self.row, self._packed, strict=True):
+            tokens[int(row)] += piece["input_ids"][piece["context"] :]
+        return Dataset.from_dict({ROW: list(tokens), "input_ids": list(tokens.values())})
 
     def _check_items(self) -> None:
         """The loss items of each micro-batch must be those that training counted: same labels, same masking."""
@@ -158,7 +186,10 @@ class StageRows:
 
     def pieces_of(self, examples: Sequence[int]) -> np.ndarray:
         """Pieces of what a batch drew, one example after the other."""
-        return np.asarray(examples, dtype=np.int64)
+        if self._packed is None:
+            return np.asarray(examples, dtype=np.int64)
+        spans = [np.arange(self._first_piece[e], self._first_piece[e + 1]) for e in examples]
+        return np.concatenate(spans) if spans else np.zeros(0, dtype=np.int64)
 
     def batches(self, pieces: Iterable[int]) -> list[np.ndarray]:
         """Pieces cut into batches of similar length under the token budget."""
@@ -173,7 +204,10 @@ class StageRows:
 
     def collated(self, pieces: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
         """Model inputs of the given pieces."""
-        rows = take_rows(self.dataset, self.positions[np.asarray(pieces)])
+        if self._packed is None:
+            rows = take_rows(self.dataset, self.positions[np.asarray(pieces)])
+        else:
+            rows = [self._packed[int(piece)] for piece in pieces]
         return collate(self.collate, rows, device, self.columns)
 
     def shortest(self, count: int) -> list[int]:
@@ -186,7 +220,9 @@ class StageRows:
 
     def text(self, row: int, processing_class: Any = None) -> str:
         """A row as people read it, by its number."""
-        return row_text(self.dataset[int(self.positions[row])], processing_class)
+        if self._packed is None:
+            return row_text(self.dataset[int(self.positions[row])], processing_class)
+        return row_text(self.given[int(np.flatnonzero(self.numbers == row)[0])], processing_class)
 
 
 def collate(
@@ -208,14 +244,6 @@ def _features(dataset: Dataset, columns: Sequence[str] | None) -> Iterable[dict[
     """Every row's columns that training reads."""
     wanted = [name for name in dataset.column_names if (name in columns if columns else name != ROW)]
     yield from dataset.select_columns(wanted).with_format(None)
-
-
-def _is_given(dataset: Dataset, stage: StageRecord) -> bool:
-    """Whether a dataset is the one that the Trainer was given, before the Trainer prepared it."""
-    given = stage.dataset.get("given")
-    if given is None or not set(given["columns"]) <= set(dataset.column_names):
-        return False
-    return dataset_digest(dataset, given["columns"]) == given["digest"]
 
 
 def row_text(row: Mapping[str, Any], processing_class: Any = None) -> str:

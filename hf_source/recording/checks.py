@@ -19,7 +19,9 @@ import torch
 from accelerate.logging import get_logger
 
 from ..errors import UnsupportedError
-from .models import is_causal_lm, plain_model
+from .losses import describe_loss
+from .models import plain_model
+from .packing import refuse_leaks
 from .rows import refuse_streams
 
 
@@ -48,6 +50,9 @@ def refuse_unsupported(trainer: Any) -> None:
         )
     _refuse_compiled(trainer.model)
     _refuse_batch_norm(trainer.model)
+    if getattr(trainer, "padding_free", False):
+        with trainer.accelerator.autocast():
+            refuse_leaks(trainer.model, trainer.args.device)
     warn_about_noise(trainer)
 
 
@@ -167,10 +172,10 @@ def warn_about_noise(trainer: Any) -> None:
             "The model adds a router loss over the whole batch to its loss (output_router_logits=True). It belongs to "
             "no row and is not attributed; set output_router_logits=False for exact attribution."
         )
-    if not is_causal_lm(trainer.model):
+    if reason := describe_loss(trainer)["reason"]:
         logger.warning(
-            f"{type(plain_model(trainer.model)).__name__} is no causal language model of transformers. Row weights in "
-            "the record assume that its loss is the mean over its items (labels other than -100, or rows)."
+            f"The loss of a row is not known ({reason}). Row weights in the record assume that the loss is the mean "
+            "over its items (labels other than -100, or rows), and attribution will ask for `task=`."
         )
     if trainer.args.neftune_noise_alpha:
         logger.warning(

@@ -104,6 +104,8 @@ def _describe_dataset(trainer: Any, options: RecordingOptions) -> dict[str, Any]
         "max_length": options.max_length if trainer.train_rows_kind in ("text", "prompt_completion") else None,
         "row_numbers": "column" if trainer.rows_were_numbered else "position",
         "given": _describe_given(trainer.given_dataset),
+        "packing": trainer.packing,
+        "num_examples": trainer.num_train_examples or trainer.num_train_rows,
     }
 
 

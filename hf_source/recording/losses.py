@@ -45,7 +45,20 @@ def _kind(trainer: Any) -> tuple[str, dict[str, Any], str | None]:
     owner = loss_owner(trainer)
     if owner is Trainer:
         return _model_loss(plain_model(trainer.model))
+    if owner.__module__.startswith("trl.") and owner.__name__ in _OF_TRL:
+        return _OF_TRL[owner.__name__](trainer)
     return "compute_loss", {}, f"{owner.__qualname__} has its own compute_loss"
+
+
+def _sft_loss(trainer: Any) -> tuple[str, dict[str, Any], str | None]:
+    """TRL's own sum of token losses over the count, computed without the full logits."""
+    if trainer.args.loss_type in ("nll", "chunked_nll"):
+        return "causal_lm", {}, None
+    reason = "weighs each token's loss by its probability" if trainer.args.loss_type == "dft" else "is another loss"
+    return trainer.args.loss_type, {}, f"loss_type='{trainer.args.loss_type}' {reason}: train with loss_type='nll'"
+
+
+_OF_TRL = {"SFTTrainer": _sft_loss}
 
 
 def loss_owner(trainer: Any) -> type:

@@ -28,8 +28,10 @@ from ..data import ROW, CausalLMCollator, content_fingerprint, prepare_rows, tak
 from ..errors import DataError, UnsupportedError
 from .models import is_causal_lm
 from .optimizers import OptimizerDescription, build_optimizer
+from .packing import split
 from .stage import StageRecord
 from .steps import MicroBatch
+from .stored_rows import is_given
 from .warm import load_optimizer_state
 
 
@@ -39,7 +41,7 @@ _CACHED_TOKENS = 1 << 24
 
 def replay(
     stage: StageRecord,
-    dataset: Any,
+    dataset: Any = None,
     *,
     model: torch.nn.Module | None = None,
     dtype: torch.dtype | None = None,
@@ -51,12 +53,12 @@ def replay(
 
     Args:
         stage: the stage to replay.
-        dataset: the rows it trained on, as the Trainer took them.
+        dataset: the rows it trained on, as the Trainer took them; default those that the record holds.
         model: model to train in place; default the stage's, rebuilt. It starts from the recorded initial weights.
         dtype: floating type of the rebuilt model; default that of training.
         data_collator: the run's collator, if it was not the default one.
-        row_mask: bool `[num_rows]`; rows that are `False` are left out, with everything else (normalizers, learning
-            rates, clip factors) as it was.
+        row_mask: bool `[num_rows]`; rows that are `False` are left out (of packed sequences: their labels), with
+            everything else (normalizers, learning rates, clip factors) as it was.
         callback: called as `callback(step, model, optimizer)` after every optimizer step.
 
     Returns:
@@ -90,9 +92,9 @@ def replay(
     for index in range(len(steps)):
         _set_learning_rates(optimizer, steps.learning_rate[index])
         for batch in steps.micro_batches[index]:
-            kept = batch.rows if mask is None else [row for row in batch.rows if mask[row]]
+            kept = _kept(stage, rows, batch, mask)
             if kept:
-                _backward(stage, model, collator(rows(kept)), batch)
+                _backward(stage, model, collator(kept), batch)
         _scale_gradients(trained, float(steps.clip_factor[index]), masked=mask is not None)
         if not steps.skipped[index]:
             optimizer.step()
@@ -100,6 +102,16 @@ def replay(
         if callback is not None:
             callback(index, model, optimizer)
     return model.eval()
+
+
+def _kept(
+    stage: StageRecord, rows: "_RowReader", batch: MicroBatch, mask: np.ndarray | None
+) -> list[Mapping[str, Any]]:
+    """Features of the micro-batch's rows that are not left out; a packed sequence comes in pieces."""
+    if stage.packing is None:
+        return rows(batch.rows if mask is None else [row for row in batch.rows if mask[row]])
+    pieces = [piece for example in rows(batch.rows) for piece in split(example)]
+    return [piece for piece in pieces if mask is None or mask[piece["row"]]]
 
 
 def _backward(stage: StageRecord, model: torch.nn.Module, inputs: Mapping[str, Any], batch: MicroBatch) -> None:
@@ -155,10 +167,16 @@ def _trained_parameters(stage: StageRecord, model: torch.nn.Module) -> dict[str,
     return trained
 
 
+_RIGHT_PADDING = {
+    f"{CausalLMCollator.__module__}.{CausalLMCollator.__qualname__}",
+    "trl.trainer.sft_trainer.DataCollatorForLanguageModeling",
+}
+"""Collators that pad rows to the right and change nothing else."""
+
+
 def _default_collator(stage: StageRecord) -> CausalLMCollator:
     recorded = stage.collator["class"]
-    ours = f"{CausalLMCollator.__module__}.{CausalLMCollator.__qualname__}"
-    if recorded != ours:
+    if recorded not in _RIGHT_PADDING:
         raise DataError(
             f"Stage '{stage.name}' collated its rows with {recorded}, which the record does not hold. Pass it as "
             "`data_collator=`."
@@ -182,6 +200,8 @@ class _RowReader:
     """Rows by number, tokenised as in training."""
 
     def __init__(self, stage: StageRecord, dataset: Any) -> None:
+        if dataset is None or (isinstance(dataset, datasets.Dataset) and is_given(dataset, stage)):
+            dataset = stage.rows() or dataset
         self.position = self._positions(stage, dataset)
         if isinstance(dataset, datasets.Dataset):
             raw = stage.dataset["kind"] in ("text", "prompt_completion")

@@ -108,12 +108,12 @@ class SegmentRecord:
         return total / self.effective_learning_rate_sum if self.effective_learning_rate_sum else 1.0
 
     def row_weights(self) -> np.ndarray:
-        """float64 `[num_rows]`: sum over the row's visits in the segment of `eta c / normalizer`."""
+        """float64 `[num_examples]`: sum over the row's visits in the segment of `eta c / normalizer`."""
         visits = self.stage.steps().visits(self.first_step, self.end_step)
-        return np.bincount(visits["row"], weights=visits["weight"], minlength=self.stage.num_rows)
+        return np.bincount(visits["row"], weights=visits["weight"], minlength=self.stage.num_examples)
 
     def applied_weights(self) -> np.ndarray:
-        """float64 `[num_rows]`: the rows' weights in the segment's updates, momentum included (see `momentum.py`).
+        """float64 `[num_examples]`: the rows' weights in the segment's updates, momentum included (see `momentum.py`).
 
         Like `row_weights`, with the learning rate that really applied each gradient: gradients of earlier segments
         that momentum still carries count here, and what this segment's momentum carries on counts later.
@@ -126,12 +126,12 @@ class SegmentRecord:
         )
         first = int(np.argmax(rates > 0))
         visits = steps.visits(first, self.end_step, rates * steps.clip_factor[: self.end_step])
-        return np.bincount(visits["row"], weights=visits["weight"], minlength=self.stage.num_rows)
+        return np.bincount(visits["row"], weights=visits["weight"], minlength=self.stage.num_examples)
 
     def num_visits(self) -> np.ndarray:
-        """int64 `[num_rows]`: how often each row was trained on in the segment."""
+        """int64 `[num_examples]`: how often each row was trained on in the segment."""
         visits = self.stage.steps().visits(self.first_step, self.end_step)
-        return np.bincount(visits["row"], minlength=self.stage.num_rows)
+        return np.bincount(visits["row"], minlength=self.stage.num_examples)
 
 
 class StageRecord:
@@ -142,6 +142,8 @@ class StageRecord:
         parent: name of the stage before it, or `None`.
         status: `"complete"`, or `"running"` if training has not come to its end.
         num_rows: rows of the training set; row numbers are below it.
+        num_examples: what batches drew from: rows, or packed sequences (then `steps()` and weights speak of those).
+        packing: how rows were packed into sequences (`"bfd"`, `"bfd_split"`, `"wrapped"`), or `None`.
         num_steps: optimizer steps recorded.
         trainable: names of the parameters that trained.
         tensor_info: shape and dtype of every trainable, frozen parameter and saved buffer, by name.
@@ -159,10 +161,12 @@ class StageRecord:
         self.status: str = data["status"]
         self.num_steps: int = data["num_steps"]
         self.num_rows: int = data["dataset"]["num_rows"]
+        self.num_examples: int = data["dataset"].get("num_examples", self.num_rows)
         self.trainable: list[str] = list(data["trainable"])
         self.frozen: list[str] = list(data["frozen_parameters"])
         self.tensor_info: dict[str, dict] = {**data["trainable"], **data["frozen_parameters"]}
         self.dataset: dict[str, Any] = data["dataset"]
+        self.packing: str | None = data["dataset"].get("packing")
         self.optimizer: dict[str, Any] = data["optimizer"]
         self.groups = OptimizerDescription.from_dict(self.optimizer).groups
         self.loss: dict[str, Any] = data["loss"]

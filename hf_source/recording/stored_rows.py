@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import pyarrow.parquet as pq
 
-from ..data import ROW
+from ..data import ROW, TRAINED_COLUMNS, dataset_digest
 from .writer import RecordWriter, atomic_write
 
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 ROWS_FILE = "rows.parquet"
 
 # What trains and what people read. Other columns stay with their owner.
-_COLUMNS = ("input_ids", "labels", "attention_mask", "text", "prompt", "completion", ROW)
+_COLUMNS = (*TRAINED_COLUMNS, "seq_lengths", "attention_mask", "text", "prompt", "completion", ROW)
 
 
 def write_rows(dataset: Any, writer: RecordWriter) -> None:
@@ -57,3 +57,11 @@ def read_rows(stage: "StageRecord") -> datasets.Dataset | None:
         return None
     stage.record.check_size(stage.data["files"], key)
     return datasets.Dataset(pq.read_table(stage.path / ROWS_FILE, memory_map=True))
+
+
+def is_given(dataset: datasets.Dataset, stage: "StageRecord") -> bool:
+    """Whether a dataset is the one that the Trainer was given, before the Trainer prepared it."""
+    given = stage.dataset.get("given")
+    if given is None or not set(given["columns"]) <= set(dataset.column_names):
+        return False
+    return dataset_digest(dataset, given["columns"]) == given["digest"]

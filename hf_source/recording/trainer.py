@@ -34,6 +34,7 @@ from .lock import writing
 from .losses import divides_by_count, loss_owner
 from .models import context_length, is_causal_lm
 from .optimizers import learning_rates
+from .packing import packed_with_rows
 from .precision import clip_factor
 from .processes import Processes
 from .recorder import StageRecorder, read_sidecar
@@ -71,7 +72,8 @@ class RecordingMixin:
     """Adds recording to any Trainer subclass: `class SourceSFTTrainer(RecordingMixin, SFTTrainer): pass`.
 
     Settings come from a `SourceConfig`; with any other `TrainingArguments` they have their defaults, and the record
-    is written to `<output_dir>/record`.
+    is written to `<output_dir>/record`. For a Trainer with a config of its own, take both:
+    `@dataclass class SourceSFTConfig(SFTConfig, SourceConfig): pass`.
 
     Raises:
         ConfigError: if settings contradict each other.
@@ -87,6 +89,8 @@ class RecordingMixin:
         self._resume_folder: Path | None = None
         self._loss_divides_by_count: bool | None = None
         self.num_train_rows = 0
+        self.packing: str | None = None
+        self.num_train_examples: int | None = None  # packed sequences
         self.rows_were_numbered = False
         self.given_dataset: datasets.Dataset | None = None
         # Before the parent sees the rows: it may filter or shuffle them.
@@ -119,6 +123,19 @@ class RecordingMixin:
         self.data_collator = self._with_row_numbers(self.data_collator)
         return super().get_train_dataloader()
 
+    def _prepare_dataset(self, dataset, processing_class, args, *more):
+        """TRL's; a packed training set keeps the row of every token. Only TRL's trainers call it."""
+        prepare = super()._prepare_dataset
+        numbered = isinstance(dataset, datasets.Dataset) and ROW in dataset.column_names
+        packs = len(more) == 3 and more[0]  # SFTTrainer gives packing, formatting_func and the name of the split
+        if not (numbered and packs and more[-1] == "train"):
+            return prepare(dataset, processing_class, args, *more)
+        packed = packed_with_rows(
+            dataset, lambda own, packing: prepare(dataset, processing_class, own, packing, *more[1:]), args
+        )
+        self.packing, self.num_train_examples = args.packing_strategy, len(packed)
+        return packed
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if ROW not in self._signature_columns:
@@ -137,8 +154,8 @@ class RecordingMixin:
         if rows is None:
             raise UnsupportedError(
                 f"A batch reached training_step without its row numbers (`{ROW}`), so its rows cannot be recorded. "
-                "Something removed the column: packing (turn it off, or pack before training), a data collator that "
-                "is set after training began, or a dataset transform (keep the column in its result)."
+                "Something removed the column: packing in a way of one's own (turn it off), a data collator that is "
+                "set after training began, or a dataset transform (keep the column in its result)."
             )
         if self._recorder is not None:  # None outside of train()
             items = self.count_items(inputs, len(rows))
@@ -243,7 +260,7 @@ class RecordingMixin:
         dataset = self.train_dataset
         known = isinstance(dataset, RowDataset) or ROW in getattr(dataset, "column_names", [])
         if known and self.num_train_rows:
-            with_row_numbers(dataset, self.num_train_rows)  # only checks
+            with_row_numbers(dataset, self.num_train_examples or self.num_train_rows)  # only checks
         elif dataset is not None:
             if self.num_train_rows:
                 logger.warning(
@@ -252,6 +269,7 @@ class RecordingMixin:
                     "trainer.train_dataset."
                 )
             self.rows_were_numbered, self.given_dataset = False, None
+            self.packing = self.num_train_examples = None
             self.train_dataset = self._number_rows(dataset)
 
     def _start_recording(self) -> None:

@@ -256,7 +256,7 @@ def test_a_classifier_is_recorded_with_a_warning(tmp_path, caplog):
     model = GPT2ForSequenceClassification(settings)
     with caplog.at_level("WARNING"):
         _, record = train(tmp_path, model, rows, trainer={"data_collator": collate})
-    assert "is no causal language model" in caplog.text
+    assert "loss of a row is not known (GPT2ForSequenceClassification computes" in caplog.text
     stage = record.stage()
     assert stage.loss["kind"] == "ForSequenceClassification" and stage.collator["class"].endswith("collate")
     assert all(b.items == len(b.rows) for step in stage.steps().micro_batches for b in step)
