@@ -15,11 +15,19 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from accelerate.logging import get_logger
 
 from ..errors import RecordError
 from .stage import StageRecord
 from .writer import file_entry, read_record_json
+
+
+if TYPE_CHECKING:
+    from .verifying import ReplayCheck
+
+logger = get_logger(__name__)
 
 
 class TrainingRecord:
@@ -97,12 +105,33 @@ class TrainingRecord:
         folder = self.path / "tokenizer"
         return AutoTokenizer.from_pretrained(folder) if folder.is_dir() else None
 
-    def verify(self) -> list[str]:
-        """Re-hash every file and read every step.
+    def verify(self, replay: int = 0) -> list[str]:
+        """Re-hash every file, read every step, and replay the first steps of every stage.
+
+        Args:
+            replay: optimizer steps of each stage to train again from the recorded rows, and to compare with the
+                recorded weights. A stage that cannot be replayed (dropout, rows not stored, ...) is left out with a
+                warning.
 
         Returns:
             Problems, one sentence each; empty if the record is whole.
         """
+        problems = self._damages()
+        if problems or not replay:
+            return problems
+        checks = self.check_replays(replay)
+        for check in checks:
+            if check.note:
+                logger.warning(f"Stage '{check.stage}' was not compared with a replay: {check.note}.")
+        return [check.problem for check in checks if check.problem]
+
+    def check_replays(self, num_steps: int) -> "list[ReplayCheck]":
+        """Replay the first steps of every stage; what was compared, and how well it agreed."""
+        from .verifying import check_replay
+
+        return [check_replay(stage, num_steps) for stage in self.stages]
+
+    def _damages(self) -> list[str]:
         problems = []
         for files in self._file_lists():
             for name in files:

@@ -31,6 +31,7 @@ from .optimizers import describe_optimizer
 from .processes import Processes
 from .segments import SegmentAccumulator
 from .sharding import whole_tensors
+from .weight_samples import is_sampled, sample_weights
 from .writer import RecordWriter, file_entry, write_json, write_tensors
 
 
@@ -115,6 +116,9 @@ class StageRecorder:
         self._micro_batches = []
         self.inside_update = False
         self.step += 1
+        if is_sampled(self.step):
+            sample = sample_weights(list(self.accumulator.parameters.values()))
+            step["weights"] = None if sample is None else sample.tolist()
         if self.step in self.segment_starts:
             self._close_segment()
         if len(self._steps) >= STEPS_PER_SHARD:

@@ -69,6 +69,11 @@ class StepTable:
         """float64 `[steps]`: reference learning rate times clip factor; 0 for a skipped step."""
         return np.where(self.skipped, 0.0, self.reference_learning_rate * self.clip_factor)
 
+    def weight_sample(self, step: int) -> np.ndarray | None:
+        """What the record holds of the weights after a step (see `weight_samples.py`): float64, or `None`."""
+        values = self._table["weights"][step]
+        return np.asarray(values.as_py()) if values.is_valid else None
+
     @cached_property
     def micro_batches(self) -> list[list[MicroBatch]]:
         """The micro-batches of every step."""

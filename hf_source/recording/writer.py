@@ -47,6 +47,7 @@ STEP_SCHEMA = pa.schema(
             "micro_batches",
             pa.list_(pa.struct([("rows", pa.list_(pa.int64())), ("normalizer", pa.float64()), ("items", pa.int64())])),
         ),
+        ("weights", pa.list_(pa.float64())),  # in a few steps, see weight_samples.py
     ]
 )
 

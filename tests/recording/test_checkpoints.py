@@ -147,7 +147,7 @@ def test_a_checkpoint_folder_of_an_earlier_run_is_no_part_of_a_new_one(tmp_path,
 
 
 def test_a_run_that_was_killed_after_its_last_step_makes_no_further_one(tmp_path, monkeypatch):
-    """transformers 5.23 makes one step more when it resumes from the last one and that was in mid-epoch."""
+    """Transformers 5.23 makes one step more when it resumes from the last one and that was in mid-epoch."""
 
     def die(*args):
         raise Killed
