@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 from accelerate.logging import get_logger
 
 from ..errors import RecordError
+from .hub import download_record, push_record
 from .stage import StageRecord
-from .writer import file_entry, read_record_json
+from .writer import RECORD_FILE, file_entry, read_record_json
 
 
 if TYPE_CHECKING:
@@ -51,21 +52,74 @@ class TrainingRecord:
         return f"TrainingRecord({str(self.path)!r}, stages={[stage.name for stage in self.stages]})"
 
     @classmethod
-    def load(cls, path: str | Path) -> "TrainingRecord":
+    def load(cls, path: str | Path, revision: str | None = None, token: str | bool | None = None) -> "TrainingRecord":
         """Open a record; every file it lists must be there and whole in size (`verify` also compares hashes).
 
         Args:
             path: folder of the record, or id of a Hub repository that holds one.
+            revision, token: branch, tag or commit on the Hub, and what authenticates there.
 
         Raises:
             RecordError: if there is no record, a file is missing or torn, or another version wrote it.
         """
         folder = Path(path).expanduser()
         if not folder.exists() and _looks_like_hub_id(str(path)):
-            folder = _download(str(path))
+            folder = download_record(str(path), revision, token)
         record = cls(folder, read_record_json(folder))
         record.check_sizes()
         return record
+
+    @classmethod
+    def pull(
+        cls, repo_id: str, folder: str | Path, revision: str | None = None, token: str | bool | None = None
+    ) -> "TrainingRecord":
+        """Copy a record from the Hub to a folder, and open it.
+
+        Raises:
+            RecordError: if there is none, the folder holds another one, or a file is torn.
+        """
+        folder = Path(folder).expanduser()
+        if (folder / RECORD_FILE).exists():
+            raise RecordError(f"{folder} holds a record already: choose another folder, or remove it first.")
+        return cls.load(download_record(repo_id, revision, token, folder))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        include_rows: bool | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload training record",
+    ) -> str:
+        """Publish the record as a model repository, in one commit, with a card that says what is in it.
+
+        Args:
+            repo_id: `"user/name"`; made if it does not exist.
+            include_rows: publish the training rows that the record holds, or leave them out. Must be said if it holds
+                any.
+            private: make the repository private.
+            token: what authenticates; default the one of `hf auth login`.
+            revision: branch to push to; made if it does not exist.
+            commit_message: of the commit.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            ConfigError: if it is not said what is to happen with the rows, or a public repository was to be private.
+            RecordError: if the record is not complete or not whole, or the Hub refuses.
+        """
+        return push_record(
+            self,
+            repo_id,
+            include_rows=include_rows,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+        )
 
     def check_sizes(self) -> None:
         """Raise `RecordError` if any listed file is missing or not of its size."""
@@ -174,20 +228,3 @@ class TrainingRecord:
 def _looks_like_hub_id(path: str) -> bool:
     parts = path.split("/")
     return len(parts) == 2 and all(parts) and not path.startswith((".", "~"))
-
-
-def _download(repo_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(repo_id, repo_type="model"))
-    except RepositoryNotFoundError as error:
-        raise RecordError(
-            f"There is no training record {repo_id!r}: neither a folder of that path nor a repository on the Hub. "
-            "Check the spelling; for a private repository run `hf auth login`."
-        ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise RecordError(
-            f"There is no folder {repo_id!r}, and the Hub repository of that name could not be read ({error})."
-        ) from error

@@ -1,0 +1,176 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Records on the Hub: a record is pushed in one commit, with a card, and pulled as it was."""
+
+import json
+import warnings
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate.logging import get_logger
+
+from ..errors import ConfigError, RecordError
+from .stored_rows import ROWS_FILE
+from .writer import RECORD_FILE
+
+
+if TYPE_CHECKING:
+    from .record import TrainingRecord
+
+logger = get_logger(__name__)
+
+_TEMPLATE = "templates/record_card.md.j2"
+CARD_FILE = "README.md"
+
+
+def push_record(
+    record: "TrainingRecord",
+    repo_id: str,
+    *,
+    include_rows: bool | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload training record",
+) -> str:
+    """Publish a record. See `TrainingRecord.push_to_hub`."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    record.require_complete()
+    if problems := record.verify():
+        raise RecordError("A damaged record is not published. " + " ".join(problems))
+    data = _published(record, include_rows)
+    api = HfApi(token=token, library_name="hf_source")
+    try:
+        api.create_repo(repo_id, repo_type="model", private=private, exist_ok=True)
+        if private and not api.repo_info(repo_id, repo_type="model").private:
+            raise ConfigError(
+                f"{repo_id} exists and is public, so private=True would not hold. Make it private in its settings on "
+                "the Hub first, or choose another repo_id."
+            )
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, repo_type="model", exist_ok=True)
+        present = api.list_repo_files(repo_id, repo_type="model", revision=revision)
+        with warnings.catch_warnings():
+            # Steps and rows are Parquet, and belong to the record.
+            warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
+            done = api.create_commit(
+                repo_id,
+                _operations(record, data, repo_id, present),
+                commit_message=commit_message,
+                repo_type="model",
+                revision=revision,
+            )
+    except (HfHubHTTPError, OSError) as error:
+        raise RecordError(
+            f"The record could not be pushed to {repo_id} ({error}). Check the name, and that you are logged in with "
+            "a token that may write there (`hf auth login`)."
+        ) from error
+    return str(done.commit_url)
+
+
+def _published(record: "TrainingRecord", include_rows: bool | None) -> dict[str, Any]:
+    """The content of `record.json` as it is published."""
+    holding = [stage.name for stage in record.stages if f"{_folder(stage)}/{ROWS_FILE}" in stage.data["files"]]
+    if holding and include_rows is None:
+        raise ConfigError(
+            f"The record holds the training rows of {', '.join(holding)}, whose license and privacy it does not know. "
+            "Say include_rows=True to publish them with it (attribution then works from the record alone), or "
+            "include_rows=False to leave them out (attribution then needs the datasets)."
+        )
+    data = json.loads(json.dumps(record.data))
+    for stage, entry in zip(record.stages, data["stages"], strict=True):
+        if not include_rows:
+            entry["files"].pop(f"{_folder(stage)}/{ROWS_FILE}", None)
+    return data
+
+
+def _folder(stage: Any) -> str:
+    return stage.path.relative_to(stage.record.path).as_posix()
+
+
+def _operations(record: "TrainingRecord", data: Mapping[str, Any], repo_id: str, present: list[str]) -> list[Any]:
+    """Add what is listed, delete what an earlier record left; nothing else in the repository is touched."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    listed = sorted(name for part in (data, *data["stages"]) for name in part.get("files", {}))
+    content = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+    operations: list[Any] = [CommitOperationAdd(name, str(record.path / name)) for name in listed]
+    operations.append(CommitOperationAdd(RECORD_FILE, content.encode()))
+    operations.append(CommitOperationAdd(CARD_FILE, record_card(record, data, repo_id).encode()))
+    stale = [name for name in present if name.startswith(("stages/", "tokenizer/")) and name not in set(listed)]
+    return operations + [CommitOperationDelete(name) for name in stale]
+
+
+def record_card(record: "TrainingRecord", data: Mapping[str, Any], repo_id: str) -> str:
+    """The repository's README: what is in it, how to load it, and what is not known."""
+    from jinja2 import Environment
+
+    text = (files("hf_source.outputs") / _TEMPLATE).read_text(encoding="utf-8")
+    stages = []
+    for stage, entry in zip(record.stages, data["stages"], strict=True):
+        stages.append(
+            {
+                "name": stage.name,
+                "steps": stage.num_steps,
+                "rows": stage.num_rows,
+                "rows_stored": f"{_folder(stage)}/{ROWS_FILE}" in entry["files"],
+                "segments": len(stage.segments),
+                "optimizer": stage.optimizer["name"],
+                "model": stage.model["class"],
+                "peft": stage.model["peft"],
+                "trained": sum(_numel(stage.tensor_info[name]["shape"]) for name in stage.trainable),
+                "frozen_omitted": stage.data["frozen"] == "omitted",
+                "visits": stage.data.get("visits", "recorded"),
+            }
+        )
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    return environment.from_string(text).render(
+        repo_id=repo_id, stages=stages, versions=data["library_versions"], schema=data["schema_version"]
+    )
+
+
+def _numel(shape: list[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def download_record(
+    repo_id: str, revision: str | None = None, token: str | bool | None = None, folder: Path | None = None
+) -> Path:
+    """A record's files from the Hub, in its cache or in a folder.
+
+    Raises:
+        RecordError: if there is no such repository, or it cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    given = {"revision": revision, "token": token, "local_dir": folder}
+    try:
+        return Path(snapshot_download(repo_id, repo_type="model", **{k: v for k, v in given.items() if v is not None}))
+    except RepositoryNotFoundError as error:
+        raise RecordError(
+            f"There is no training record {repo_id!r}: neither a folder of that path nor a repository on the Hub. "
+            "Check the spelling; for a private repository run `hf auth login`."
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise RecordError(
+            f"There is no folder {repo_id!r}, and the Hub repository of that name could not be read ({error})."
+        ) from error
