@@ -13,15 +13,15 @@
 # limitations under the License.
 """`hf-source`: record a training, generate, and ask which rows made the model say it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .errors import ConfigError, HFSourceError
+from .cli_errors import friendly_errors
+from .cli_record import record_app
+from .errors import ConfigError
 
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(record_app, name="record")
 
 
 class Method(StrEnum):
@@ -82,24 +83,6 @@ Settings = Annotated[
     typer.Option("--set", "-s", help="Any other setting of SourceAttributor as key=value, e.g. seed=1; repeatable."),
 ]
 Recipe = Annotated[Path | None, typer.Option(help="YAML file with settings of SourceAttributor; options override it.")]
-
-
-@contextmanager
-def friendly_errors() -> Iterator[None]:
-    """Errors that say what to change are shown as such, without a traceback."""
-    try:
-        yield
-    except HFSourceError as error:
-        from rich.console import Console
-
-        Console(stderr=True).print(f"[bold red]error:[/] {_escaped(str(error))}", soft_wrap=True)
-        raise typer.Exit(1) from error
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 @app.command()

@@ -13,6 +13,7 @@
 # limitations under the License.
 import pytest
 
+from .fake_hub import FakeHub
 from .story import tell
 
 
@@ -20,3 +21,16 @@ from .story import tell
 def story(tmp_path_factory):
     """Record of two stages, pretrain and sft."""
     return tell(tmp_path_factory.mktemp("story"))
+
+
+@pytest.fixture()
+def hub(tmp_path, monkeypatch):
+    with FakeHub() as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no_token"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield hub

@@ -23,6 +23,9 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 
+TOKEN = "hf_secretOfTheTest"
+
+
 class FakeHub:
     """Repositories in memory, served on a free port of this machine.
 

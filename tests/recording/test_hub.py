@@ -21,27 +21,13 @@ import numpy as np
 import pytest
 import yaml
 from cases import tiny_gpt2, train
-from fake_hub import FakeHub
+from fake_hub import TOKEN
 
 from hf_source import Queries, SourceAttributor, TrainingRecord
 from hf_source.errors import ConfigError, RecordError
 
 
-TOKEN = "hf_secretOfTheTest"
 V1 = Path(__file__).parents[1] / "data" / "record_v1"
-
-
-@pytest.fixture()
-def hub(tmp_path, monkeypatch):
-    with FakeHub() as hub:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no_token"))
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        yield hub
 
 
 @pytest.fixture()

@@ -1,0 +1,114 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`hf-source record`: look at a training record, check it, and share it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli_errors import friendly_errors
+
+
+record_app = typer.Typer(
+    help="Look at a training record, check it, and share it.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+Record = Annotated[str, typer.Argument(help="Folder of the training record, or its id on the Hub.")]
+Folder = Annotated[Path, typer.Argument(help="Folder of the training record.")]
+RepoId = Annotated[str, typer.Argument(help="Repository on the Hub, as user/name.")]
+Revision = Annotated[str | None, typer.Option(help="Branch on the Hub.", show_default="main")]
+
+
+@record_app.command()
+def show(record: Record, revision: Revision = None) -> None:
+    """Show stages, segments, optimizers, sizes and versions."""
+    with friendly_errors():
+        from rich.console import Console
+
+        from . import TrainingRecord
+        from .outputs.records import print_record
+
+        print_record(Console(), TrainingRecord.load(record, revision))
+
+
+@record_app.command()
+def verify(
+    record: Record,
+    replay: Annotated[int, typer.Option(help="Steps of each stage to train again and compare; 0 for none.")] = 4,
+    revision: Revision = None,
+) -> None:
+    """Re-read everything, compare hashes, and train the first steps of each stage again.
+
+    Ends with exit code 1 if anything is wrong.
+    """
+    with friendly_errors():
+        from . import TrainingRecord
+
+        found = TrainingRecord.load(record, revision)
+        problems = found.verify()
+        for check in found.check_replays(replay) if replay > 0 and not problems else []:
+            if check.problem:
+                problems.append(check.problem)
+            elif check.note:
+                typer.echo(f"stage {check.stage}: not compared with a replay, {check.note}.")
+            else:
+                typer.echo(
+                    f"stage {check.stage}: a replay of {check.steps} steps agrees with {len(check.compared)} recorded "
+                    f"states of the weights (relative error {check.error:.1e})."
+                )
+        for problem in problems:
+            typer.echo(f"problem: {problem}")
+        if problems:
+            raise typer.Exit(1)
+        files = sum(len(listed) for listed in found._file_lists())
+        typer.echo(f"{found.path}: {files} files and {sum(s.num_steps for s in found.stages)} steps are as recorded.")
+
+
+@record_app.command()
+def push(
+    record: Folder,
+    repo_id: RepoId,
+    include_rows: Annotated[
+        bool | None,
+        typer.Option(help="Publish the training rows that the record holds, or leave them out.", show_default=False),
+    ] = None,
+    private: Annotated[bool | None, typer.Option("--private", help="Make the repository private.")] = None,
+    revision: Revision = None,
+) -> None:
+    """Publish a record on the Hub with a card. Log in first with `hf auth login`."""
+    with friendly_errors():
+        from . import TrainingRecord
+
+        url = TrainingRecord.load(record).push_to_hub(
+            repo_id, include_rows=include_rows, private=private, revision=revision
+        )
+        typer.echo(f"Pushed to {url}.")
+
+
+@record_app.command()
+def pull(
+    repo_id: RepoId,
+    folder: Annotated[Path, typer.Argument(help="Where to put it.")],
+    revision: Revision = None,
+) -> None:
+    """Copy a record from the Hub to a folder."""
+    with friendly_errors():
+        from . import TrainingRecord
+
+        record = TrainingRecord.pull(repo_id, folder, revision)
+        typer.echo(f"Pulled {', '.join(stage.name for stage in record.stages)} to {folder}.")
