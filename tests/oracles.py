@@ -283,15 +283,18 @@ def dense_flow(
 ) -> tuple[np.ndarray, np.ndarray]:
     """`F_r = integral_0^s exp(-t (P H + Lambda)) dt P` and `exp(-s (P H + Lambda))`, both `[p, p]`.
 
+    `P` is a diagonal `[p]` or a matrix `[p, p]`.
+
     The integral is the upper right block of the exponential of `[[-M, I], [0, 0]] s` (Van Loan 1978).
     """
     size = len(hessian)
-    generator = preconditioner[:, None] * hessian + np.diag(decay)
+    preconditioner = np.diag(preconditioner) if preconditioner.ndim == 1 else preconditioner
+    generator = preconditioner @ hessian + np.diag(decay)
     augmented = np.zeros((2 * size, 2 * size))
     augmented[:size, :size] = -length * generator
     augmented[:size, size:] = length * np.eye(size)
     exponential = scipy.linalg.expm(augmented)
-    return exponential[:size, size:] * preconditioner, exponential[:size, :size]
+    return exponential[:size, size:] @ preconditioner, exponential[:size, :size]
 
 
 def dense_source(

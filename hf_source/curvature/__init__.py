@@ -17,6 +17,7 @@ from .block import Block, fit_block
 from .ekfac import EKFACCurvature
 from .flow import Flow
 from .joint import JointCurvature, SampleSpace
+from .preconditioner import Diagonal, OneSided, Preconditioner, as_preconditioners
 from .sample import FisherSample, systematic_sample
 from .simple import ExactCurvature, IdentityCurvature, gauss_newton
 
@@ -32,13 +33,17 @@ CURVATURES = {
 __all__ = [
     "CURVATURES",
     "Block",
+    "Diagonal",
     "EKFACCurvature",
     "ExactCurvature",
     "FisherSample",
     "Flow",
     "IdentityCurvature",
     "JointCurvature",
+    "OneSided",
+    "Preconditioner",
     "SampleSpace",
+    "as_preconditioners",
     "fit_block",
     "gauss_newton",
     "systematic_sample",

@@ -28,6 +28,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .preconditioner import Diagonal, Preconditioner
+
 
 MAX_FULL_SIDE = 4096
 """Largest side of a parameter that gets a full basis; a longer one (a vocabulary) stays diagonal."""
@@ -41,21 +43,20 @@ class Block:
         left: `L [m, m]`, or `None` for the identity.
         right: `R [k, k]`, or `None` for the identity.
         eigenvalues: `mu [m, k]`, in whitened coordinates.
-        root: `P^{1/2}`, shape of the parameter or 0-dim.
+        preconditioner: `P`.
     """
 
     left: torch.Tensor | None
     right: torch.Tensor | None
     eigenvalues: torch.Tensor
-    root: torch.Tensor
+    preconditioner: Preconditioner
 
     def apply(self, vectors: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """`P^{-1/2} function(A) P^{1/2}` on `[vectors, *parameter.shape]`; entries with `P = 0` stay as they are."""
-        change = rotate(as_matrices(vectors * self.root), self.left, self.right)
+        change = rotate(as_matrices(self.preconditioner.root(vectors)), self.left, self.right)
         change.mul_(function(self.eigenvalues) - 1)
         change = unrotate(change, self.left, self.right).reshape(vectors.shape)
-        inverse = torch.where(self.root > 0, 1 / self.root, torch.zeros_like(self.root))
-        return vectors + change.mul_(inverse)
+        return vectors + self.preconditioner.inverse_root(change)
 
 
 def as_matrices(vectors: torch.Tensor) -> torch.Tensor:
@@ -126,16 +127,20 @@ def eigenvectors(moment: torch.Tensor | None) -> torch.Tensor | None:
     return torch.linalg.eigh(symmetric).eigenvectors.to(moment.dtype)
 
 
-def fit_block(samples: torch.Tensor, preconditioner: torch.Tensor, diagonal_left: bool = False) -> Block:
+def fit_block(
+    samples: torch.Tensor, preconditioner: Preconditioner | torch.Tensor, diagonal_left: bool = False
+) -> Block:
     """The block of one parameter from its columns of `S`, with the `gradient` basis.
 
     Args:
         samples: `[n, *parameter.shape]`.
-        preconditioner: `P`, shape of the parameter or 0-dim.
+        preconditioner: `P`; a tensor stands for a `Diagonal`.
+        diagonal_left: see `GradientMoments`.
     """
-    root = preconditioner.sqrt().to(samples)
-    matrices = as_matrices(samples * root)
+    if isinstance(preconditioner, torch.Tensor):
+        preconditioner = Diagonal(preconditioner)
+    matrices = as_matrices(preconditioner.root(samples))
     moments = GradientMoments(samples.shape[1:], diagonal_left)
     moments.add(matrices)
     left, right = moments.bases()
-    return Block(left, right, rotate(matrices, left, right).square_().sum(dim=0), root)
+    return Block(left, right, rotate(matrices, left, right).square_().sum(dim=0), preconditioner)

@@ -33,17 +33,11 @@ from ..gradients.rows import Pass, RowGradients
 from ..gradients.rules import by_row, conv1d_weight, linear_weight
 from .block import Block, GradientMoments, as_matrices, eigenvectors, rotate
 from .flow import Flow, decayed, integral
+from .preconditioner import Preconditioner
 from .sample import FisherSample
 
 
 Vectors = dict[str, torch.Tensor]
-
-
-def rank_one(preconditioner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`u [m]`, `v [k]` with `P ~ u v^T`: row and column means over the overall mean (exact for a rank-one `P`)."""
-    matrix = preconditioner.double().flatten(1)
-    mean = matrix.mean().clamp_min(torch.finfo(matrix.dtype).tiny)
-    return (matrix.mean(dim=1) / mean).to(preconditioner), matrix.mean(dim=0).to(preconditioner)
 
 
 class KroneckerMoments:
@@ -52,13 +46,13 @@ class KroneckerMoments:
     Args:
         gradients: engine whose passes are added.
         name: the weight.
-        preconditioner: `P`, shape of the weight or 0-dim.
+        preconditioner: `P`.
     """
 
-    def __init__(self, gradients: RowGradients, name: str, preconditioner: torch.Tensor) -> None:
+    def __init__(self, gradients: RowGradients, name: str, preconditioner: Preconditioner) -> None:
         (self.use,) = gradients.uses[name]
         self.transposed = self.use.rule is conv1d_weight
-        self.scales = rank_one(preconditioner) if preconditioner.dim() else (1.0, 1.0)
+        self.preconditioner = preconditioner
         self.left: torch.Tensor | None = None
         self.right: torch.Tensor | None = None
 
@@ -76,7 +70,7 @@ class KroneckerMoments:
             if mask is not None and mask.shape == inputs.shape[:2]:
                 inputs = inputs * mask[..., None]
             sides = (inputs, grads * scale) if self.transposed else (grads * scale, inputs)
-            left, right = (side.flatten(0, 1) * root**0.5 for side, root in zip(sides, self.scales, strict=True))
+            left, right = self.preconditioner.whitened_sides(*(side.flatten(0, 1) for side in sides))
             self.left = left.T @ left if self.left is None else self.left.add_(left.T @ left)
             self.right = right.T @ right if self.right is None else self.right.add_(right.T @ right)
 
@@ -113,24 +107,23 @@ class EKFACCurvature:
                 rate = torch.zeros_like(decay.sum())
             else:
                 scoring_q, rate = vectors[name], decay
-            preconditioner = flow.preconditioner[name].to(vectors[name])
-            scoring[name] = preconditioner * block.apply(scoring_q, lambda mu, r=rate: integral(mu + r, flow.length))
+            integrated = block.apply(scoring_q, lambda mu, r=rate: integral(mu + r, flow.length))
+            scoring[name] = flow.preconditioner[name].apply(integrated)
             carried[name] = block.apply(carried[name], lambda mu: decayed(mu, flow.length))
         return scoring, carried
 
     def fit(self, names: list[str], flow: Flow, sample: FisherSample) -> dict[str, Block]:
         """Two passes over the samples: bases, then eigenvalues in them."""
-        roots = {name: flow.preconditioner[name].sqrt().to(sample.gradients.parameters[name]) for name in names}
-        bases = self._bases(names, roots, flow, sample)
+        bases = self._bases(names, flow, sample)
         eigenvalues: dict[str, torch.Tensor] = {}
         for _, done in sample.passes(names):
             for name, _, grads in sample.gradients.blocks(done, names):
-                matrices = as_matrices(grads * (roots[name] * sample.scale))
+                matrices = as_matrices(flow.preconditioner[name].root(grads, sample.scale))
                 part = rotate(matrices, *bases[name]).square_().sum(dim=0)
                 eigenvalues[name] = part if name not in eigenvalues else eigenvalues[name].add_(part)
-        return {name: Block(*bases[name], eigenvalues[name], roots[name]) for name in names}
+        return {name: Block(*bases[name], eigenvalues[name], flow.preconditioner[name]) for name in names}
 
-    def _bases(self, names, roots, flow, sample) -> dict[str, tuple[torch.Tensor | None, torch.Tensor | None]]:
+    def _bases(self, names, flow, sample) -> dict[str, tuple[torch.Tensor | None, torch.Tensor | None]]:
         gradients = sample.gradients
         kfac = [name for name in names if self.basis == "kfac" and KroneckerMoments.fits(gradients, name)]
         others = [name for name in names if name not in kfac]
@@ -141,5 +134,5 @@ class EKFACCurvature:
             for name in kfac:
                 moments[name].add(done, sample.scale)
             for name, _, grads in gradients.blocks(done, others):
-                moments[name].add(as_matrices(grads * (roots[name] * sample.scale)))
+                moments[name].add(as_matrices(flow.preconditioner[name].root(grads, sample.scale)))
         return {name: moments[name].bases() for name in names}

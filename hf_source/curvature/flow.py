@@ -27,6 +27,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .preconditioner import Preconditioner, as_preconditioners
+
 
 @dataclass(frozen=True)
 class Flow:
@@ -34,17 +36,21 @@ class Flow:
 
     Attributes:
         length: `s`, the sum of the segment's learning rates.
-        preconditioner: `P`, same shape as the parameter or 0-dim; 0 for a parameter the segment does not train.
+        preconditioner: `P`, 0 for a parameter the segment does not train. A tensor stands for a `Diagonal`: same shape
+            as the parameter or 0-dim.
         decay: `Lambda`, 0-dim per parameter (decoupled weight decay) or elementwise (coupled decay under Adam).
     """
 
     length: float
-    preconditioner: Mapping[str, torch.Tensor]
+    preconditioner: Mapping[str, Preconditioner]
     decay: Mapping[str, torch.Tensor]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "preconditioner", as_preconditioners(self.preconditioner))
 
     def trains(self, name: str) -> bool:
         """Whether the segment moves the parameter."""
-        return bool((self.preconditioner[name] != 0).any())
+        return not self.preconditioner[name].is_zero
 
 
 def decayed(rate: torch.Tensor, length: float) -> torch.Tensor:

@@ -150,7 +150,7 @@ class JointCurvature:
     def _accumulate(self, name, columns, scoring, carried, flow, grams, projections) -> None:
         """Add one parameter's share of `K` and `b`; float64, as thousands of terms of one sign add up."""
         rate = _common_rate(flow, name)
-        weighted = as_rows(columns * flow.preconditioner[name].to(columns))
+        weighted = as_rows(flow.preconditioner[name].apply(columns))
         gram = (weighted @ as_rows(columns).T).double()
         both = as_rows(torch.cat([scoring, carried]))
         projection = (weighted @ both.T.to(weighted)).double()
@@ -172,7 +172,7 @@ class JointCurvature:
             carried[name].mul_(float(decayed(rate, flow.length))).add_(change[count:])
             if name in scoring:
                 scoring[name].mul_(float(integral(rate, flow.length))).add_(change[:count])
-                scoring[name].mul_(flow.preconditioner[name].to(scoring[name]))
+                scoring[name] = flow.preconditioner[name].apply(scoring[name])
 
     def _groups(self, vectors: Vectors, sample: FisherSample) -> list[list[str]]:
         """Parameters in groups whose columns of `S` fit the memory budget."""

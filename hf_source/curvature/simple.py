@@ -41,7 +41,7 @@ class IdentityCurvature:
             decay = flow.decay[name].to(q)
             carried[name] = q * decayed(decay, flow.length)
             if flow.trains(name):
-                scoring[name] = q * (integral(decay, flow.length) * flow.preconditioner[name].to(q))
+                scoring[name] = flow.preconditioner[name].apply(q * integral(decay, flow.length))
         return scoring, carried
 
 
@@ -75,20 +75,27 @@ class ExactCurvature:
             )
         hessian = (self.hessian or gauss_newton)(sample, names).double()
         q = flatten(vectors)
-        preconditioner = _flat_constants(flow.preconditioner, vectors)
         decay = _flat_constants(flow.decay, vectors)
-        on = preconditioner > 0
-        root = preconditioner[on].sqrt()
-        generator = root[:, None] * hessian[on][:, on] * root + torch.diag(decay[on])
+        on = torch.cat([_entries(flow.preconditioner[name].moves(v.shape[1:]), v) for name, v in vectors.items()])
+
+        def whitened(rows: torch.Tensor, how: str = "root") -> torch.Tensor:
+            parts = unflatten(rows, vectors, torch.float64).items()
+            return flatten({name: getattr(flow.preconditioner[name], how)(part) for name, part in parts})
+
+        def embedded(rows: torch.Tensor) -> torch.Tensor:
+            return rows.new_zeros(len(rows), total).index_copy_(1, on.nonzero().flatten(), rows)
+
+        generator = whitened(whitened(hessian).T)[on][:, on] + torch.diag(decay[on])
         rates, modes = torch.linalg.eigh(generator)
-        start = (q[:, on] * root) @ modes
-        scoring, carried = torch.zeros_like(q), q * decayed(decay, flow.length)
-        scoring[:, on] = (start * integral(rates, flow.length)) @ modes.T * root
-        carried[:, on] = (start * decayed(rates, flow.length)) @ modes.T / root
+        start = whitened(q)[:, on] @ modes
+        carried = q * decayed(decay, flow.length)
+        scoring = whitened(embedded((start * integral(rates, flow.length)) @ modes.T))
+        back = whitened(embedded((start * decayed(rates, flow.length)) @ modes.T), "inverse_root")
+        carried[:, on] = back[:, on]
         for rate in decay[~on].unique():  # not moved by the segment: driven by the moved ones, decaying on their own
             here = ~on & (decay == rate)
-            moved = (start * forced(rates, float(rate), flow.length)) @ modes.T * root
-            carried[:, here] -= moved @ hessian[on][:, here]
+            moved = whitened(embedded((start * forced(rates, float(rate), flow.length)) @ modes.T))
+            carried[:, here] -= moved @ hessian[:, here]
         trained = [name for name in names if flow.trains(name)]
         scored = unflatten(scoring, vectors)
         return {name: scored[name] for name in trained}, unflatten(carried, vectors)
@@ -167,13 +174,19 @@ def flatten(vectors: Vectors) -> torch.Tensor:
     return torch.cat([as_rows(vector).double() for vector in vectors.values()], dim=1)
 
 
-def unflatten(matrix: torch.Tensor, like: Vectors) -> Vectors:
-    """Inverse of `flatten`, with shapes and dtypes of `like`."""
+def unflatten(matrix: torch.Tensor, like: Vectors, dtype: torch.dtype | None = None) -> Vectors:
+    """Inverse of `flatten`, with shapes of `like`, and its dtypes unless one is given."""
     parts = matrix.split([vector[0].numel() for vector in like.values()], dim=1)
     return {
-        name: part.reshape(vector.shape).to(vector) for (name, vector), part in zip(like.items(), parts, strict=True)
+        name: part.reshape(-1, *vector.shape[1:]).to(vector.device, dtype or vector.dtype)
+        for (name, vector), part in zip(like.items(), parts, strict=True)
     }
 
 
 def _flat_constants(constants, vectors: Vectors) -> torch.Tensor:
-    return torch.cat([constants[name].double().expand(vector.shape[1:]).flatten() for name, vector in vectors.items()])
+    return torch.cat([_entries(constants[name].double(), vector) for name, vector in vectors.items()])
+
+
+def _entries(constant: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """A constant of a parameter by entry, flat."""
+    return constant.expand(vector.shape[1:]).flatten()

@@ -13,6 +13,7 @@
 # limitations under the License.
 """Segments of a stage: where they start, and their learning-rate-weighted averages, taken while training runs."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedError
 from .optimizers import GroupDescription, InverseRootRule, OptimizerDescription
 from .sharding import as_sharded, is_sharded, local, part_of
 
@@ -126,11 +127,15 @@ class SegmentAccumulator:
         self.description = description
         self.device = torch.device("cpu") if on_cpu else None
         self.group_of = {name: g for g, group in enumerate(description.groups) for name in group.parameters}
+        self._refuse_parts_of_matrices()
         self.theta = {name: self._zeros(p) for name, p in self.parameters.items()}
-        self.scale = {n: self._zeros(p) for n, p in self.parameters.items() if not self._group(n).how.scalar}
+        self.sides = {n: self._group(n).how.side(p.shape) for n, p in self.parameters.items()}
+        self.sides = {name: side for name, side in self.sides.items() if side is not None}
+        self.scale = {n: self._zeros_of_scale(n) for n in self.parameters if not self._group(n).how.scalar}
         # Read once: with fused optimizers on a GPU the counter lives there, and reading it at every step would wait.
         self._updates = {name: self._updates_made(name) for name in self.scale}
         self._bins = list(self._make_bins())
+        self._sampled = [name for name in self.scale if self._group(name).how.every > 1]
         self._one_by_one = [n for n in self.scale if not isinstance(self._group(n).how, InverseRootRule)]
         self._noted = [name for name in self.scale if self._group(name).how.notes]
         self._before: dict[str, Any] = {}
@@ -143,6 +148,8 @@ class SegmentAccumulator:
         self.effective_learning_rate_sum = 0.0
         self.learning_rate_sum_per_group = [0.0] * num_groups
         self.effective_learning_rate_sum_per_group = [0.0] * num_groups
+        # By name, where not every update is looked at: the weight of all updates, and of those looked at.
+        self.sampled_weights: dict[str, list[float]] = {}
         for tensor in (*self.theta.values(), *self.scale.values()):
             tensor.zero_()
 
@@ -192,8 +199,18 @@ class SegmentAccumulator:
         for name in self._one_by_one:
             weight = learning_rates[self.group_of[name]] * clip_factor
             if name in updated and weight != 0:
-                self.scale[name].add_(self._preconditioner(name).to(self.scale[name]), alpha=weight)
+                self._add_one(name, weight)
         self._before = {}
+
+    def _add_one(self, name: str, weight: float) -> None:
+        every = self._group(name).how.every
+        if every > 1:
+            weights = self.sampled_weights.setdefault(name, [0.0, 0.0])
+            weights[0] += weight
+            if weights[1] != 0 and self._updates[name] % every != 0:
+                return
+            weights[1] += weight
+        self.scale[name].add_(self._preconditioner(name).to(self.scale[name]), alpha=weight)
 
     def _preconditioner(self, name: str) -> torch.Tensor:
         group, parameter = self._group(name), local(self.parameters[name])
@@ -246,6 +263,9 @@ class SegmentAccumulator:
             torch._foreach_div_(list(self.theta.values()), total)
         if self.scale:
             torch._foreach_div_(list(self.scale.values()), total)
+        for name, (weight, sampled) in self.sampled_weights.items():
+            if sampled != weight:
+                self.scale[name].mul_(weight / sampled)
         scale = {name: self.scale.get(name, self._scalar(name, total)) for name in self.theta}
         return self._as_parameters(self.theta), self._as_parameters(scale)
 
@@ -261,8 +281,9 @@ class SegmentAccumulator:
         return torch.tensor(value, dtype=self.theta[name].dtype)
 
     def scalars(self) -> dict[str, Any]:
-        """The segment's learning-rate sums, as they are stored."""
+        """The segment's learning-rate sums, as they are stored, and what its preconditioners are."""
         return {
+            **({"matrix_sides": dict(self.sides)} if self.sides else {}),
             "learning_rate_sum": self.learning_rate_sum,
             "effective_learning_rate_sum": self.effective_learning_rate_sum,
             "learning_rate_sum_per_group": list(self.learning_rate_sum_per_group),
@@ -273,7 +294,11 @@ class SegmentAccumulator:
         """Tensors and scalars that continue this segment elsewhere (see `load_state`)."""
         tensors = {f"parameters/{name}": value for name, value in self._as_parameters(self.theta).items()}
         tensors |= {f"preconditioner/{name}": value for name, value in self._as_parameters(self.scale).items()}
-        return tensors, self.scalars()
+        if not self._sampled:
+            return tensors, self.scalars()
+        # Muon does not count its updates.
+        updates = {name: self._updates[name] for name in self._sampled}
+        return tensors, self.scalars() | {"sampled_weights": copy.deepcopy(self.sampled_weights), "updates": updates}
 
     def load_state(self, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]) -> None:
         """Continue a segment from `state`. Of sharded parameters, the first process gives whole tensors to all."""
@@ -281,8 +306,9 @@ class SegmentAccumulator:
             for name, value in sums.items():
                 whole, parameter = tensors.get(f"{prefix}/{name}"), self.parameters[name]
                 value.copy_(part_of(whole, value.dtype, parameter) if is_sharded(parameter) else whole)
-        for key, value in scalars.items():
-            setattr(self, key, value)
+        self._updates |= scalars.get("updates", {})
+        for key in set(scalars) - {"matrix_sides", "updates"}:
+            setattr(self, key, copy.deepcopy(scalars[key]))
 
     def _zeros(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         dtype = parameter.dtype if parameter.dtype.itemsize >= 4 else torch.float32
@@ -293,6 +319,23 @@ class SegmentAccumulator:
         if not is_sharded(self.parameters[name]):
             return state
         return {key: local(value) if isinstance(value, torch.Tensor) else value for key, value in state.items()}
+
+    def _refuse_parts_of_matrices(self) -> None:
+        for name, parameter in self.parameters.items():
+            rule = self._group(name).how
+            by_entry = rule.scalar or (isinstance(rule, InverseRootRule) and not rule.notes)
+            if is_sharded(parameter) and not by_entry:
+                raise UnsupportedError(
+                    f"{self._group(name).rule} on parameters that are shared out between processes (FSDP) cannot be "
+                    f"recorded: the preconditioner of `{name}` needs the whole of it. Use DDP, or an optimizer that "
+                    "treats every entry by itself, such as optim='adamw_torch'."
+                )
+
+    def _zeros_of_scale(self, name: str) -> torch.Tensor:
+        if name not in self.sides:
+            return self._zeros(self.parameters[name])
+        short = min(self.parameters[name].shape)
+        return self._zeros(self.parameters[name][:short, :short]).contiguous()
 
     def _group(self, name: str) -> GroupDescription:
         return self.description.groups[self.group_of[name]]

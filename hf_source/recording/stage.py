@@ -47,6 +47,7 @@ class SegmentRecord:
         first_step, end_step: its optimizer steps, `first_step <= step < end_step`.
         learning_rate_sum: sum of the reference learning rates `eta`.
         effective_learning_rate_sum: `s = sum of eta * c` (`c`: clip factor).
+        matrix_sides: parameters whose preconditioner is a matrix -> the side it acts on, `"left"` or `"right"`.
     """
 
     def __init__(self, stage: "StageRecord", index: int, data: Mapping[str, Any]) -> None:
@@ -57,6 +58,7 @@ class SegmentRecord:
         self.learning_rate_sum: float = data["learning_rate_sum"]
         self.effective_learning_rate_sum: float = data["effective_learning_rate_sum"]
         self.learning_rate_sum_per_group: list[float] = data["learning_rate_sum_per_group"]
+        self.matrix_sides: dict[str, str] = data.get("matrix_sides", {})
         self.effective_learning_rate_sum_per_group: list[float] = data["effective_learning_rate_sum_per_group"]
 
     def __repr__(self) -> str:
@@ -68,6 +70,9 @@ class SegmentRecord:
 
     def preconditioner(self) -> dict[str, torch.Tensor]:
         """Average preconditioner `P = sum of eta_g c P_k / s`, by name; 0-dim for SGD.
+
+        A tensor holds the factor of each entry, unless the name is in `matrix_sides`: then it is a matrix `M`, and the
+        update is `M G` (`"left"`) or `G M` (`"right"`) of the gradient `G` (Muon).
 
         `eta_g` is the learning rate of the parameter's group, so that `s P` is the sum of the real step sizes.
         """

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..curvature import FisherSample, Flow, systematic_sample
+from ..curvature import FisherSample, Flow, as_preconditioners, systematic_sample
 from ..errors import UnsupportedError
 from ..gradients import RowGradients
 from ..gradients.rows import as_rows
@@ -130,7 +130,7 @@ def segment_flow(segment: SegmentRecord, gradients: RowGradients, settings: Walk
     zero = torch.zeros((), **like)
     return Flow(
         segment.effective_learning_rate_sum,
-        {name: preconditioner.get(name, zero) for name in gradients.parameters},
+        as_preconditioners({n: preconditioner.get(n, zero) for n in gradients.parameters}, segment.matrix_sides),
         {name: decay.get(name, zero) for name in gradients.parameters},
     )
 

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_source.curvature import EKFACCurvature, fit_block
+from hf_source.curvature import EKFACCurvature, Flow, fit_block
 
 
 # Eigenvectors of nearby small eigenvalues mix, but where they do the corrected eigenvalues are small as well.
@@ -121,6 +121,7 @@ def test_sgd_gives_the_formulas_of_the_paper(segment, kind, name):
     """With `P = 1`: `F_r = (I - exp(-s H)) H^{-1}` and `F_S = exp(-s H)` (Bae et al. 2024, section 3.3)."""
     made = segment(kind, "sgd", length=2.0, size=30)
     made.P[name] = torch.tensor(1.0, dtype=torch.float64)
+    made.flow = Flow(made.length, made.P, made.Lambda)
     columns = oracles.split(made.S, made.model, made.names)[name]
     whitened = columns.reshape(made.size, *made.shape(name))
     left, right = bases(made, name, whitened, np.ones(made.shape(name)))

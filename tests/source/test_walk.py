@@ -49,6 +49,7 @@ class FakeSegment:
     counts: np.ndarray  # visits of each row
     items: np.ndarray  # loss items of each row
     items_per_normalizer: float = 1.0  # of the number that the batch's loss was divided by
+    matrix_sides: dict[str, str] = field(default_factory=dict)
 
     def preconditioner(self) -> dict[str, torch.Tensor]:
         return self.P

@@ -17,13 +17,15 @@ One rule per family (`sgd.py`, `adam.py`, ...); `registry.py` lists them. A grou
 rule's name and its constants, so one optimizer may follow several rules.
 """
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
 from ...errors import UnsupportedError
+from .combined import CombinedOptimizer
 from .description import GroupDescription, OptimizerDescription, name_rules
 from .registry import RULES, name_of, rule_named, supported
 from .rule import InverseRootRule, Rule, Shares
@@ -31,6 +33,7 @@ from .rule import InverseRootRule, Rule, Shares
 
 __all__ = [
     "RULES",
+    "CombinedOptimizer",
     "GroupDescription",
     "InverseRootRule",
     "OptimizerDescription",
@@ -63,9 +66,18 @@ def describe_optimizer(optimizer: Any, names: Mapping[torch.nn.Parameter, str]) 
         UnsupportedError: if the update is not known to be `lr * P * g` with a known `P`.
     """
     optimizer = unwrap_optimizer(optimizer)
-    name = name_of(optimizer)
-    groups = [_describe_group(optimizer, name, group, names) for group in optimizer.param_groups]
+    groups = [_describe_group(owner, name, group, names) for owner, name, group in _owned_groups(optimizer)]
     return OptimizerDescription(name=type(optimizer).__name__, groups=groups)
+
+
+def _owned_groups(optimizer: torch.optim.Optimizer) -> Iterator[tuple[torch.optim.Optimizer, str, dict[str, Any]]]:
+    """Every parameter group with the optimizer that updates it and that one's name."""
+    if isinstance(optimizer, CombinedOptimizer):
+        for one in optimizer.optimizers:
+            yield from _owned_groups(one)
+    else:
+        name = name_of(optimizer)
+        yield from ((optimizer, name, group) for group in optimizer.param_groups)
 
 
 def _describe_group(
@@ -89,17 +101,18 @@ def _describe_group(
 
 def is_fresh(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the optimizer has made no update yet."""
-    rule = rule_named(name_of(optimizer))
-    return all(rule.fresh(state) for state in optimizer.state.values())
+    return all(
+        rule_named(name).fresh(owner.state.get(parameter, {}))
+        for owner, name, group in _owned_groups(optimizer)
+        for parameter in group["params"]
+    )
 
 
 def learning_rates(optimizer: Any) -> list[float]:
     """`eta` of every group in the update to come; read it before `optimizer.step()`."""
-    optimizer = unwrap_optimizer(optimizer)
-    rule = rule_named(name_of(optimizer))
     return [
-        rule.learning_rate(group, optimizer.state.get(group["params"][0], {}) if group["params"] else {})
-        for group in optimizer.param_groups
+        rule_named(name).learning_rate(group, owner.state.get(next(iter(group["params"]), None), {}))
+        for owner, name, group in _owned_groups(unwrap_optimizer(optimizer))
     ]
 
 
@@ -107,6 +120,17 @@ def build_optimizer(
     description: OptimizerDescription, parameters: Mapping[str, torch.nn.Parameter]
 ) -> torch.optim.Optimizer:
     """An optimizer that makes the described updates; learning rates start at 0 and are set step by step."""
+    parts = [
+        _build_part(name, list(groups), parameters)
+        for name, groups in itertools.groupby(description.groups, key=lambda group: group.rule)
+    ]
+    return parts[0] if len(parts) == 1 else CombinedOptimizer(*parts)
+
+
+def _build_part(
+    name: str, described: list[GroupDescription], parameters: Mapping[str, torch.nn.Parameter]
+) -> torch.optim.Optimizer:
+    rule = rule_named(name)
     groups = [
         {
             "params": [parameters[name] for name in group.parameters],
@@ -114,12 +138,10 @@ def build_optimizer(
             "weight_decay": group.weight_decay,
             **group.constants,
         }
-        for group in description.groups
+        for group in described
     ]
-    name = description.groups[0].rule
-    rule = rule_named(name)
     optimizer = rule.build(name, groups)
-    for built, group in zip(optimizer.param_groups, description.groups, strict=True):
+    for built, group in zip(optimizer.param_groups, described, strict=True):
         if "decoupled_weight_decay" in built:
             built["decoupled_weight_decay"] = group.decoupled_weight_decay
         rule.after_build(optimizer, group.constants, {name: parameters[name] for name in group.parameters})

@@ -25,6 +25,7 @@ from .bitsandbytes import (
     BitsAndBytesRMSpropRule,
     BitsAndBytesSGDRule,
 )
+from .muon import MuonRule
 from .rmsprop import AdagradRule, RMSpropRule
 from .rule import Rule, qualified_name
 from .sgd import SGDRule
@@ -39,6 +40,7 @@ RULES: tuple[Rule, ...] = (
     AdagradRule(),
     AdafactorRule(),
     TransformersAdafactorRule(),
+    MuonRule(),
     BitsAndBytesAdamRule(),
     BitsAndBytesAdamWRule(),
     BitsAndBytesRMSpropRule(),

@@ -61,6 +61,7 @@ class Rule:
         scalar: `P` is one number for the whole training, `scalar_preconditioner`; nothing need be accumulated.
         buffers_steps: momentum gathers `P_k g_k` of each step (RMSprop) rather than gradients.
         notes: `before_update` has something to say.
+        every: averages take `P` of every so-many-th update, to stand for those around it.
     """
 
     kinds: ClassVar[Mapping[str, str]] = {}
@@ -72,6 +73,7 @@ class Rule:
     scalar: ClassVar[bool] = False
     buffers_steps: ClassVar[bool] = False
     notes: ClassVar[bool] = False
+    every: ClassVar[int] = 1
 
     def describe(
         self,
@@ -126,6 +128,10 @@ class Rule:
             before: result of `before_update`.
         """
         raise NotImplementedError
+
+    def side(self, shape: torch.Size) -> str | None:
+        """If `P` is a matrix on one side of a parameter of this shape: `"left"` or `"right"`."""
+        return None
 
     def fresh(self, state: Mapping[str, Any]) -> bool:
         """Whether a parameter's state is that of an optimizer that has made no update."""
