@@ -180,6 +180,11 @@ class SourceAttributor:
 
     def build_model(self, stage: StageRecord) -> nn.Module:
         """The stage's model at its final weights, in evaluation mode on the attributor's device."""
+        if stage.loss.get("label_smoothing") or stage.model.get("virtual_tokens"):
+            raise UnsupportedError(
+                f"Stage {stage.name!r} trained with label smoothing or a learned prompt, which cannot be attributed "
+                "yet: train with label_smoothing_factor=0 and another PEFT method."
+            )
         if self._make_model is None:
             model = stage.build_model(self.dtype)
         else:

@@ -26,7 +26,7 @@ import torch
 from ..curvature import CURVATURES
 from ..errors import ConfigError
 from ..gradients import RowGradients
-from ..recording import StageRecord, canonical_name
+from ..recording import StageRecord
 from ..source import score_rows, unroll, walk
 from .queries import Queries
 
@@ -74,9 +74,10 @@ def _final_gradients(attributor: "SourceAttributor", queries: Queries, cosine: b
     last = attributor.record.stages[-1]
     model = attributor.build_model(last)
     last.load_weights(model, "final")
-    names = {canonical_name(name): name for name, _ in model.named_parameters()}
+    names = {last.canonical_name(name): name for name, _ in model.named_parameters()}
     for stage in reversed(attributor.record.stages):
-        trained = [names[canonical_name(name)] for name in stage.trainable if canonical_name(name) in names]
+        own = [stage.canonical_name(name) for name in stage.trainable]
+        trained = [names[name] for name in own if name in names]
         rows = attributor.rows(stage)
         gradients = RowGradients(model, rows.task, trained)
         if stage is last:

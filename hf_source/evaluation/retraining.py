@@ -53,7 +53,7 @@ class StackedOptimizer:
     def step(self, gradients: Stacked, learning_rates: Sequence[float]) -> None:
         """One update; `learning_rates` holds one per group."""
         for name, parameter in self.parameters.items():
-            parameter.grad = gradients[name]
+            parameter.grad = gradients.get(name)
         for group, rate in zip(self.optimizer.param_groups, learning_rates, strict=True):
             group["lr"] = rate
         self.optimizer.step()
@@ -123,6 +123,7 @@ def retrain(
                 total[name] = total[name].add_(gradient) if name in total else gradient
         if steps.skipped[step]:
             continue
+        total = {name: gradient for name, gradient in total.items() if name not in stage.frozen_at(step)}
         _clip(total, stage.training["max_grad_norm"])
         optimizer.step(total, steps.learning_rate[step].tolist())
     return model, {**parameters, **held}

@@ -23,7 +23,6 @@ import transformers
 from accelerate import init_empty_weights
 
 from ..errors import RecordError, UnsupportedError
-from .names import canonical_name
 
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ def _all_weights(stage: "StageRecord") -> dict[str, torch.Tensor]:
         tensors |= stage.tensors("frozen.safetensors")
     if where == "parent":
         with stage.record.stage(stage.parent).end_weights() as known:
-            tensors |= {name: known[canonical_name(name)] for name in stage.frozen}
+            tensors |= {name: known[stage.canonical_name(name)] for name in stage.frozen}
     return tensors
 
 

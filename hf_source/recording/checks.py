@@ -23,6 +23,7 @@ from .losses import describe_loss
 from .models import plain_model
 from .packing import refuse_leaks
 from .rows import refuse_streams
+from .smoothing import refuse_unshifted_smoothing
 
 
 logger = get_logger(__name__)
@@ -37,11 +38,7 @@ def refuse_unsupported(trainer: Any) -> None:
     args = trainer.args
     if trainer.train_dataset is not None:
         refuse_streams(trainer.train_dataset)
-    if args.label_smoothing_factor:
-        raise UnsupportedError(
-            f"label_smoothing_factor={args.label_smoothing_factor} trains another loss than the log-likelihood that "
-            "is attributed. Set label_smoothing_factor=0."
-        )
+    refuse_unshifted_smoothing(trainer)
     _refuse_ways_to_share(trainer)
     if args.fp16 or trainer.accelerator.mixed_precision not in ("no", "bf16"):
         raise UnsupportedError(

@@ -26,7 +26,7 @@ from ..errors import UnsupportedError
 from .checks import has_dropout
 from .config import RecordingOptions
 from .losses import describe_loss
-from .models import plain_model
+from .models import is_prompt_learning, num_virtual_tokens, plain_model
 from .names import canonical_name, named_parameters, unwrapped_name
 from .optimizers import OptimizerDescription
 from .rows import RowDataset
@@ -130,6 +130,8 @@ def _describe_model(model: torch.nn.Module) -> dict[str, Any]:
         "module": class_of(plain).__module__,
         "peft": bool(adapters),
         "adapter_name": adapters[0] if adapters else None,
+        "prompt_learning": is_prompt_learning(model),
+        "virtual_tokens": num_virtual_tokens(model),
         "has_config": hasattr(plain, "config") and hasattr(plain.config, "save_pretrained"),
     }
 
@@ -170,7 +172,8 @@ def save_frozen(
     """
     if not frozen:
         return "none"
-    if parent is not None and not differing(frozen, parent, require_all=True):
+    prompt_learning = writer.stage["model"]["prompt_learning"]
+    if parent is not None and not differing(frozen, parent, prompt_learning, require_all=True):
         return "parent"
     if not store:
         return "omitted"
@@ -178,18 +181,21 @@ def save_frozen(
     return "stored"
 
 
-def differing(tensors: Mapping[str, torch.Tensor], parent: StageRecord, *, require_all: bool) -> list[str]:
+def differing(
+    tensors: Mapping[str, torch.Tensor], parent: StageRecord, prompt_learning: bool, *, require_all: bool
+) -> list[str]:
     """Names of tensors that are not what the parent stage ended with.
 
     Args:
         tensors: present tensors, under this stage's names.
         parent: the stage before.
+        prompt_learning: see `canonical_name`.
         require_all: count tensors that the parent does not know as different too.
     """
     found = []
     with parent.end_weights() as known:
         for name, tensor in tensors.items():
-            key = canonical_name(name)
+            key = canonical_name(name, prompt_learning)
             if key not in known:
                 found += [name] if require_all else []
                 continue
@@ -200,11 +206,11 @@ def differing(tensors: Mapping[str, torch.Tensor], parent: StageRecord, *, requi
     return found
 
 
-def continues(tensors: Mapping[str, torch.Tensor], parent: StageRecord) -> bool:
+def continues(tensors: Mapping[str, torch.Tensor], parent: StageRecord, prompt_learning: bool) -> bool:
     """Whether a model of these parameters starts where the parent stage ended; warns if it does not."""
-    names = {canonical_name(name) for name in tensors}
-    missing = [name for name in parent.trainable if canonical_name(name) not in names]
-    changed = differing(tensors, parent, require_all=False)
+    names = {canonical_name(name, prompt_learning) for name in tensors}
+    missing = [name for name in parent.trainable if parent.canonical_name(name) not in names]
+    changed = differing(tensors, parent, prompt_learning, require_all=False)
     if missing or changed:
         logger.warning(
             f"This stage does not start from the weights that stage '{parent.name}' ended with "

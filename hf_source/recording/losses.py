@@ -20,6 +20,7 @@ import torch
 from transformers import Trainer
 
 from .models import is_causal_lm, plain_model
+from .smoothing import label_smoothing
 
 
 def describe_loss(trainer: Any) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def describe_loss(trainer: Any) -> dict[str, Any]:
     return {
         "kind": kind,
         "normalization": None,
-        "label_smoothing": 0.0,
+        "label_smoothing": label_smoothing(trainer),
         "custom_function": trainer.compute_loss_func is not None,
         "settings": settings,
         "reason": reason,

@@ -22,11 +22,33 @@ def plain_model(model: torch.nn.Module) -> torch.nn.Module:
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
+def is_prompt_learning(model: torch.nn.Module) -> bool:
+    """Whether a PEFT model learns a prompt or a prefix, rather than changes to layers."""
+    return any(getattr(config, "is_prompt_learning", False) for config in _adapters(model))
+
+
+def num_virtual_tokens(model: torch.nn.Module) -> int:
+    """Tokens that a learned prompt puts before every row. A prefix (of keys and values) has none: it has no logits."""
+    prompts = [config for config in _adapters(model) if getattr(config, "is_prompt_learning", False)]
+    return sum(config.num_virtual_tokens for config in prompts if config.peft_type.value != "PREFIX_TUNING")
+
+
+def _adapters(model: torch.nn.Module) -> list:
+    return list(getattr(model, "peft_config", {}).values()) if plain_model(model) is not model else []
+
+
+def predicted_labels(model: torch.nn.Module, labels: torch.Tensor) -> torch.Tensor:
+    """The labels that a loss asks for: a causal model has nothing to tell a row's first token from."""
+    return labels[..., 1:] if is_causal_lm(model) and not num_virtual_tokens(model) else labels
+
+
 def context_length(model: torch.nn.Module) -> int | None:
     """Tokens that the model's context holds, where its configuration says."""
     config = getattr(plain_model(model), "config", None)
     found = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    return found if isinstance(found, int) and found > 0 else None  # some configurations write -1 for "any"
+    if not isinstance(found, int) or found <= 0:  # some configurations write -1 for "any"
+        return None
+    return found - num_virtual_tokens(model)
 
 
 _CAUSAL_LM_CLASSES = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())

@@ -22,7 +22,8 @@ So a visit's weight in a segment is `c_k / N_k * sum over steps j of the segment
 `eta_k c_k / N_k` without momentum. In short runs the difference decides the ranking of rows.
 
 An optimizer that goes on from an earlier stage (`train()` called again) counts its updates from there. What its
-momentum still carries of that stage's last gradients is not credited to that stage's rows.
+momentum still carries of that stage's last gradients is not credited to that stage's rows. A parameter that was frozen
+for some steps is weighed as if its momentum had run on: a row has one weight for all parameters.
 """
 
 import numpy as np

@@ -37,12 +37,17 @@ def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Par
     return ((unwrapped_name(name), parameter) for name, parameter in model.named_parameters())
 
 
-def canonical_name(name: str) -> str:
+def canonical_name(name: str, prompt_learning: bool = False) -> str:
     """The name that a parameter has in the plain model, whatever wraps the model now.
 
     Strips `base_model.model.` (PEFT), `.base_layer` (a layer inside a LoRA layer), `module.` (DDP) and `_orig_mod.`
     (`torch.compile`), and PEFT's `modules_to_save.<adapter>` and `original_module`, so that weights of a LoRA stage
     can be matched to those of the full stage before it. Adapter weights (`lora_A`, ...) keep their own names.
+
+    Args:
+        name: as in `model.named_parameters()`.
+        prompt_learning: whether PEFT's wrapper is one of prompt or prefix tuning, which calls the model `base_model`
+            rather than `base_model.model`; the name alone does not tell.
 
     Example:
         >>> canonical_name("base_model.model.transformer.h.0.attn.c_attn.base_layer.weight")
@@ -52,6 +57,9 @@ def canonical_name(name: str) -> str:
     while True:
         if parts[0] in ("module", "_orig_mod") and len(parts) > 1:
             parts = parts[1:]
+        elif prompt_learning and parts[0] == "base_model" and len(parts) > 1:
+            parts, prompt_learning = parts[1:], False
+            break
         elif parts[:2] == ["base_model", "model"] and len(parts) > 2:
             parts = parts[2:]
         else:

@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..errors import RecordError, UnsupportedError
+from .freezing import UpdateWatch, note_frozen
 from .optimizers import describe_optimizer
 from .processes import Processes
 from .segments import SegmentAccumulator
@@ -47,7 +48,7 @@ class StageRecorder:
         writer: writer of the stage.
         accumulator: sums of the running segment.
         segment_starts: first step of every planned segment.
-        names: name of every parameter of the model.
+        names: name of every parameter of the model, from `recorded_names`.
         processes: the processes that train together.
 
     Attributes:
@@ -60,7 +61,7 @@ class StageRecorder:
         writer: RecordWriter,
         accumulator: SegmentAccumulator,
         segment_starts: Sequence[int],
-        names: Mapping[torch.nn.Parameter, str],
+        names: Mapping[torch.nn.Parameter, str | None],
         processes: Processes,
     ) -> None:
         self.processes = processes
@@ -75,6 +76,8 @@ class StageRecorder:
         self._micro_batches: list[dict[str, Any]] = []
         self._steps: list[dict[str, Any]] = []
         # A group without parameters has a learning rate too, but moves nothing.
+        recorded = {name for group in accumulator.description.groups for name in group.parameters}
+        self._watch = UpdateWatch(names, recorded, accumulator.optimizer)
         self._groups_in_use = [g for g, group in enumerate(accumulator.description.groups) if group.parameters]
 
     def add_micro_batch(self, rows: torch.Tensor, normalizer: Any, items: Any) -> None:
@@ -85,6 +88,7 @@ class StageRecorder:
             normalizer: what the micro-batch's summed loss was divided by before backward.
             items: its number of loss items.
         """
+        self._watch.micro_batch(self.step, first=not self._micro_batches)
         self._micro_batches.append({"rows": rows, "normalizer": normalizer, "items": items})
 
     def note_first_loss(self, loss: torch.Tensor) -> None:
@@ -97,6 +101,8 @@ class StageRecorder:
         self, learning_rates: Sequence[float], grad_norm: float, clip_factor: float, epoch: float
     ) -> None:
         """Gradients are complete, weights not yet updated."""
+        changes = self.writer.stage.setdefault("trainable_changes", [])
+        note_frozen(changes, self.step, self._watch.without_update(self.step))
         self._running = {
             "step": self.step,
             "epoch": epoch,
@@ -189,6 +195,8 @@ class StageRecorder:
 
         def cut_back() -> dict[str, Any]:
             self.writer.stage.setdefault("attempts", []).append({"id": uuid.uuid4().hex, "first_step": self.step})
+            changes = self.writer.stage.get("trainable_changes", [])
+            self.writer.stage["trainable_changes"] = [change for change in changes if change["step"] < self.step]
             self.writer.cut_back(self.step, self._segment_start)
             return self.writer.stage
 

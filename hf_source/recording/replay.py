@@ -26,9 +26,10 @@ import torch
 
 from ..data import ROW, CausalLMCollator, content_fingerprint, prepare_rows, take_rows
 from ..errors import DataError, UnsupportedError
-from .models import is_causal_lm
+from .models import predicted_labels
 from .optimizers import OptimizerDescription, build_optimizer
 from .packing import split
+from .smoothing import smoothed_loss
 from .stage import StageRecord
 from .steps import MicroBatch
 from .stored_rows import is_given
@@ -91,6 +92,9 @@ def replay(
     model.train()
     for index in range(len(steps)):
         _set_learning_rates(optimizer, steps.learning_rate[index])
+        frozen = stage.frozen_at(index)
+        for name, parameter in trained.items():
+            parameter.requires_grad_(name not in frozen)
         for batch in steps.micro_batches[index]:
             kept = _kept(stage, rows, batch, mask)
             if kept:
@@ -101,6 +105,8 @@ def replay(
         optimizer.zero_grad()
         if callback is not None:
             callback(index, model, optimizer)
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
     return model.eval()
 
 
@@ -122,17 +128,31 @@ def _backward(stage: StageRecord, model: torch.nn.Module, inputs: Mapping[str, A
     items = _count_items(model, inputs)
     if not tokens and items == 0:
         return  # the mean over no items is not a number
-    with _autocast(stage, device):
-        loss = model(**inputs, **({"num_items_in_batch": batch.normalizer} if tokens else {}))["loss"]
-    # In the other case the model returns the mean over the items that are there.
+    loss = _loss(stage, model, inputs, batch.normalizer if tokens else None)
+    # In the other case it is the mean over the items that are there.
     (loss if tokens else loss * (items / batch.normalizer)).backward()
+
+
+def _loss(stage: StageRecord, model: torch.nn.Module, inputs: Mapping[str, Any], count: float | None) -> torch.Tensor:
+    """The micro-batch's loss, divided by `count` or, without one, by its own items."""
+    inputs, labels = dict(inputs), None
+    epsilon = stage.loss.get("label_smoothing", 0.0)
+    if epsilon:
+        labels = inputs.pop("labels")
+    with _autocast(stage, next(model.parameters()).device):
+        outputs = model(**inputs, **({} if count is None else {"num_items_in_batch": count}))
+    if not epsilon:
+        return outputs["loss"]
+    if stage.training["bf16"]:  # Accelerate gives the Trainer what left the model in half precision as float32
+        outputs = {"logits": outputs["logits"].float()}
+    return smoothed_loss(epsilon, model, outputs, labels, count)
 
 
 def _count_items(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> int:
     labels = inputs.get("labels")
     if labels is None or labels.is_floating_point():
         return len(next(iter(inputs.values())))
-    return int((labels[..., 1:] if is_causal_lm(model) else labels).ne(-100).sum())
+    return int(predicted_labels(model, labels).ne(-100).sum())
 
 
 def _autocast(stage: StageRecord, device: torch.device) -> contextlib.AbstractContextManager:
@@ -149,7 +169,8 @@ def _scale_gradients(trained: Mapping[str, torch.nn.Parameter], factor: float, m
     gradients = [p.grad for p in trained.values() if p.grad is not None]
     if not gradients and masked:
         for parameter in trained.values():
-            parameter.grad = torch.zeros_like(parameter)
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
     elif factor != 1.0:
         torch._foreach_mul_(gradients, factor)
 

@@ -150,6 +150,7 @@ class SegmentAccumulator:
         self.effective_learning_rate_sum_per_group = [0.0] * num_groups
         # By name, where not every update is looked at: the weight of all updates, and of those looked at.
         self.sampled_weights: dict[str, list[float]] = {}
+        self.missed_learning_rates: dict[str, list[float]] = {}
         for tensor in (*self.theta.values(), *self.scale.values()):
             tensor.zero_()
 
@@ -190,6 +191,7 @@ class SegmentAccumulator:
         for group, value in enumerate(learning_rates):
             self.learning_rate_sum_per_group[group] += value
             self.effective_learning_rate_sum_per_group[group] += value * clip_factor
+        self._add_missed(learning_rates, clip_factor)
         updated = {name for name in self.scale if self.parameters[name].grad is not None}
         for name in updated:
             self._updates[name] += 1
@@ -211,6 +213,13 @@ class SegmentAccumulator:
                 return
             weights[1] += weight
         self.scale[name].add_(self._preconditioner(name).to(self.scale[name]), alpha=weight)
+
+    def _add_missed(self, learning_rates: Sequence[float], clip_factor: float) -> None:
+        """Parameters without a gradient (frozen, or unused) are left alone by the optimizer, decay included."""
+        for name in [name for name, parameter in self.parameters.items() if parameter.grad is None]:
+            rate = learning_rates[self.group_of[name]]
+            missed, effective = self.missed_learning_rates.get(name, (0.0, 0.0))
+            self.missed_learning_rates[name] = [missed + rate, effective + rate * clip_factor]
 
     def _preconditioner(self, name: str) -> torch.Tensor:
         group, parameter = self._group(name), local(self.parameters[name])
@@ -277,6 +286,7 @@ class SegmentAccumulator:
         group, effective = self._group(name), self.effective_learning_rate_sum_per_group[self.group_of[name]]
         if not group.how.scalar:
             return None
+        effective -= self.missed_learning_rates.get(name, (0.0, 0.0))[1]
         value = group.how.scalar_preconditioner(group.constants) * effective / total
         return torch.tensor(value, dtype=self.theta[name].dtype)
 
@@ -288,6 +298,7 @@ class SegmentAccumulator:
             "effective_learning_rate_sum": self.effective_learning_rate_sum,
             "learning_rate_sum_per_group": list(self.learning_rate_sum_per_group),
             "effective_learning_rate_sum_per_group": list(self.effective_learning_rate_sum_per_group),
+            "missed_learning_rates": dict(self.missed_learning_rates),
         }
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

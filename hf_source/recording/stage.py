@@ -27,6 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ..errors import RecordError
+from .freezing import frozen_at
+from .models import is_prompt_learning
 from .momentum import applied_learning_rate
 from .names import canonical_name
 from .optimizers import OptimizerDescription
@@ -60,6 +62,7 @@ class SegmentRecord:
         self.learning_rate_sum_per_group: list[float] = data["learning_rate_sum_per_group"]
         self.matrix_sides: dict[str, str] = data.get("matrix_sides", {})
         self.effective_learning_rate_sum_per_group: list[float] = data["effective_learning_rate_sum_per_group"]
+        self._missed: dict[str, list[float]] = data.get("missed_learning_rates", {})
 
     def __repr__(self) -> str:
         return f"SegmentRecord({self.stage.name!r}, {self.index}, steps {self.first_step}-{self.end_step})"
@@ -87,11 +90,13 @@ class SegmentRecord:
         total, preconditioner = self.effective_learning_rate_sum, self.preconditioner()
         rates = zip(self.learning_rate_sum_per_group, self.effective_learning_rate_sum_per_group, strict=True)
         decays = {}
-        for group, (rate_sum, effective) in zip(self.stage.groups, rates, strict=True):
+        for group, sums in zip(self.stage.groups, rates, strict=True):
             strength = group.weight_decay
             for name in group.parameters:
+                # Steps without a gradient of the parameter do not decay it.
+                rate_sum, effective = (a - b for a, b in zip(sums, self._missed.get(name, (0.0, 0.0)), strict=True))
                 dtype = preconditioner[name].dtype
-                if effective == 0 or strength == 0:
+                if effective <= 1e-12 * sums[1] or strength == 0:
                     decays[name] = torch.zeros((), dtype=dtype)
                 elif group.decoupled_weight_decay:
                     decays[name] = torch.tensor(strength * rate_sum / total, dtype=dtype)
@@ -204,6 +209,10 @@ class StageRecord:
         groups = [g for g, group in enumerate(self.groups) if group.parameters]
         return StepTable(table, groups)
 
+    def frozen_at(self, step: int) -> frozenset[str]:
+        """Trainable parameters that a step did not update, because they were frozen or had no part in its loss."""
+        return frozen_at(self.data.get("trainable_changes", []), step)
+
     def require_complete(self) -> None:
         """Raise if the stage's training did not come to its end.
 
@@ -241,10 +250,11 @@ class StageRecord:
             RecordError: if there are no such weights, or they do not fit the model.
         """
         own = dict(model.named_parameters(remove_duplicate=False))
-        canonical = {canonical_name(name): parameter for name, parameter in own.items()}
+        prompt_learning = is_prompt_learning(model)
+        canonical = {canonical_name(name, prompt_learning): parameter for name, parameter in own.items()}
         with torch.no_grad():
             for name, tensor in self.weights(which).items():
-                parameter = own.get(name, canonical.get(canonical_name(name)))
+                parameter = own.get(name, canonical.get(self.canonical_name(name)))
                 if parameter is None or parameter.shape != tensor.shape:
                     found = "no such parameter" if parameter is None else f"one of shape {tuple(parameter.shape)}"
                     raise RecordError(
@@ -258,11 +268,16 @@ class StageRecord:
         """The rows as they were trained on (`datasets.Dataset` with their numbers), or `None` if not recorded."""
         return read_rows(self)
 
+    def canonical_name(self, name: str) -> str:
+        """The name that a parameter of this stage has in the plain model: see `names.canonical_name`."""
+        return canonical_name(name, self.model.get("prompt_learning", False))
+
     @property
     def context_length(self) -> int | None:
         """Tokens that the model's context holds, where its configuration says."""
         config = self._model_config()
-        return config.get("max_position_embeddings") or config.get("n_positions")
+        length = config.get("max_position_embeddings") or config.get("n_positions")
+        return length and length - self.model.get("virtual_tokens", 0)
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -336,7 +351,8 @@ class EndWeights(Mapping[str, torch.Tensor]):
                 stage.require_complete()
             stage.record.check_size(stage.data["files"], key)
             file = stack.enter_context(safe_open(stage.record.path / key, framework="pt"))
-            self._found |= {canonical_name(n): (file, n) for n in file.keys() if canonical_name(n) not in self._found}
+            for own in file.keys():
+                self._found.setdefault(stage.canonical_name(own), (file, own))
         self._parent = None
         if stage.data["frozen"] == "parent":
             self._parent = EndWeights(stage.record.stage(stage.parent), stack)

@@ -32,6 +32,7 @@ from .description import (
     save_model_files,
     save_tokenizer,
 )
+from .freezing import recorded_names
 from .names import named_parameters
 from .optimizers import OptimizerDescription, describe_optimizer, is_fresh, unwrap_optimizer
 from .processes import Processes
@@ -65,7 +66,7 @@ def start_recorder(
         UnsupportedError: if the optimizer cannot be described.
         RecordError: if the checkpoint does not continue a stage of this record.
     """
-    names = {parameter: name for name, parameter in named_parameters(trainer.model)}
+    names = recorded_names(trainer.model)
     optimizer = unwrap_optimizer(trainer.optimizer)
     description, stage = processes.agree(lambda: _describe(trainer, options, names, resume_folder is not None))
     _refuse_other_rows(stage, processes)
@@ -211,7 +212,7 @@ def _new_stage(
     writer.create()
     frozen = {name: weights[name] for name in frozen_tensors(trainer.model, set(stage["trainable"]))}
     model = {name: weights[name] for name, _ in named_parameters(trainer.model)}
-    stage["continues_parent"] = parent is not None and continues(model, parent)
+    stage["continues_parent"] = parent is not None and continues(model, parent, stage["model"]["prompt_learning"])
     stage["frozen"] = save_frozen(frozen, writer, parent, store=options.record_frozen_weights)
     save_model_files(trainer.model, writer)
     if options.record_rows:

@@ -32,7 +32,7 @@ from .checks import refuse_unsupported, warn_about_resuming
 from .config import RecordingOptions, SourceConfig
 from .lock import writing
 from .losses import divides_by_count, loss_owner
-from .models import context_length, is_causal_lm
+from .models import context_length, is_causal_lm, predicted_labels
 from .optimizers import learning_rates
 from .packing import packed_with_rows
 from .precision import clip_factor
@@ -172,8 +172,7 @@ class RecordingMixin:
         labels = inputs.get("labels")
         if labels is None or labels.is_floating_point():
             return num_rows
-        labels = labels[..., 1:] if is_causal_lm(self.model) else labels
-        return labels.ne(IGNORE_INDEX).sum()
+        return predicted_labels(self.model, labels).ne(IGNORE_INDEX).sum()
 
     def _normalizer(self, inputs: Any, num_items_in_batch: Any, items: Any) -> Any:
         # The same decision as in Trainer.training_step, which leaves no trace of it.

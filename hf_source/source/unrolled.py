@@ -193,9 +193,11 @@ class RecordedRun:
     def _gradient(self, step: int, snapshot: Snapshot) -> dict[str, torch.Tensor]:
         """The step's gradient before clipping; parameters that it leaves alone are missing."""
         self._load(snapshot)
+        frozen = self.stage.frozen_at(step)
+        updated = {name: parameter for name, parameter in self.trained.items() if name not in frozen}
         total: dict[str, torch.Tensor] = {}
         for _, batch, normalizer in self._micro_batches(step):
-            for name, part in self._differentiate(batch, self.trained, normalizer).items():
+            for name, part in self._differentiate(batch, updated, normalizer).items():
                 total[name] = total[name] + part if name in total else part
         return total
 

@@ -32,7 +32,7 @@ from ..curvature import FisherSample, Flow, as_preconditioners, systematic_sampl
 from ..errors import UnsupportedError
 from ..gradients import RowGradients
 from ..gradients.rows import as_rows
-from ..recording import SegmentRecord, StageRecord, canonical_name
+from ..recording import SegmentRecord, StageRecord
 
 
 Vectors = dict[str, torch.Tensor]
@@ -113,12 +113,12 @@ def wanted_parameters(model: nn.Module, stages: Sequence[StageRecord]) -> dict[s
 
     Weights frozen in this stage but trained before carry influence through it, so they are wanted too.
     """
-    trained = {canonical_name(name) for stage in stages for name in stage.trainable}
-    own = set(stages[-1].trainable)
+    trained = {stage.canonical_name(name) for stage in stages for name in stage.trainable}
+    own, last = set(stages[-1].trainable), stages[-1]
     return {
-        name: canonical_name(name)
+        name: last.canonical_name(name)
         for name, _ in model.named_parameters()
-        if name in own or canonical_name(name) in trained
+        if name in own or last.canonical_name(name) in trained
     }
 
 

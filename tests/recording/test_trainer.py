@@ -280,7 +280,6 @@ def with_batch_norm():
 @pytest.mark.parametrize(
     ("make", "settings", "trainer", "message"),
     [
-        (tiny_llama, {"label_smoothing_factor": 0.1}, {}, "Set label_smoothing_factor=0"),
         (with_batch_norm, {}, {}, "`model.norm` is a BatchNorm1d.*LayerNorm"),
     ],
 )

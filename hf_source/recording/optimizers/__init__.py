@@ -55,12 +55,12 @@ def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
-def describe_optimizer(optimizer: Any, names: Mapping[torch.nn.Parameter, str]) -> OptimizerDescription:
+def describe_optimizer(optimizer: Any, names: Mapping[torch.nn.Parameter, str | None]) -> OptimizerDescription:
     """Describe an optimizer by what its update does to each parameter.
 
     Args:
         optimizer: a torch optimizer, or Accelerate's wrapper of one.
-        names: name of every parameter of the model. Parameters that need no gradient are left out of the groups.
+        names: name of every parameter of the model; `None` for those that are left out of the groups.
 
     Raises:
         UnsupportedError: if the update is not known to be `lr * P * g` with a known `P`.
@@ -92,7 +92,7 @@ def _describe_group(
     rule = rule_named(name)
     return GroupDescription(
         rule=name,
-        parameters=[names[parameter] for parameter in group["params"] if parameter.requires_grad],
+        parameters=[names[parameter] for parameter in group["params"] if names[parameter] is not None],
         weight_decay=float(group["weight_decay"]),
         decoupled_weight_decay=rule.decoupled(name, group),
         constants=rule.describe(name, optimizer, group, names),
