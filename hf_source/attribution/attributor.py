@@ -160,8 +160,10 @@ class SourceAttributor:
         """What a query measures: the log-likelihood of its text, or the loss of its rows as the last stage trains."""
         stage = self.record.stages[-1]
         task = self.task_of(stage)
-        if queries.are_rows or isinstance(task, (CausalLMTask, Seq2SeqTask)):
+        if queries.are_rows:
             return task
+        if isinstance(task, (CausalLMTask, Seq2SeqTask)):
+            return task.unsmoothed()
         return Seq2SeqTask() if stage.is_encoder_decoder else CausalLMTask()
 
     def rows(self, stage: StageRecord) -> StageRows:
@@ -180,11 +182,6 @@ class SourceAttributor:
 
     def build_model(self, stage: StageRecord) -> nn.Module:
         """The stage's model at its final weights, in evaluation mode on the attributor's device."""
-        if stage.loss.get("label_smoothing") or stage.model.get("virtual_tokens"):
-            raise UnsupportedError(
-                f"Stage {stage.name!r} trained with label smoothing or a learned prompt, which cannot be attributed "
-                "yet: train with label_smoothing_factor=0 and another PEFT method."
-            )
         if self._make_model is None:
             model = stage.build_model(self.dtype)
         else:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from ..gradients.rows import Pass, RowGradients, as_rows
-from ..gradients.task import labels_of
+from ..gradients.task import RowLossTask, labels_of
 
 
 def systematic_sample(weights: np.ndarray, size: int, seed: int) -> np.ndarray:
@@ -72,6 +72,9 @@ class FisherSample:
     ) -> None:
         self.gradients = gradients
         self.batches = batches
+        task = gradients.task
+        if isinstance(task, RowLossTask):
+            self.gradients = gradients.with_task(task.unsmoothed())
         labels = [labels_of(batch) for batch in batches]
         self.size = sum(map(len, labels))
         items = sum(int(gradients.task.num_items(part).sum()) for part in labels)

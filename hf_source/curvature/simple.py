@@ -114,8 +114,9 @@ def gauss_newton(sample: FisherSample, names: list[str]) -> torch.Tensor:
     result, items = torch.zeros(total, total, dtype=torch.float64), 0
     for batch in sample.batches:
         with gradients._requiring_grad(parameters), torch.enable_grad():
-            logits = gradients.task.forward(gradients.model, batch)[:, :-1]
-            logits = logits[batch["labels"][:, 1:] != -100]  # (items, vocabulary)
+            outputs = gradients.task.forward(gradients.model, batch)
+            logits, targets = gradients.task.predictions(outputs, batch["labels"])
+            logits = logits[targets != -100]  # (items, vocabulary)
             for item in logits:
                 basis = torch.eye(len(item), dtype=item.dtype)
                 columns = torch.autograd.grad(

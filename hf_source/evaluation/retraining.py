@@ -28,7 +28,7 @@ import torch
 from torch.func import functional_call, grad, vmap
 
 from ..data import CausalLMCollator, take_rows
-from ..gradients import CausalLMTask, Task, batch_to
+from ..gradients import CausalLMTask, RowLossTask, Task, batch_to, task_for
 from ..recording import StageRecord, canonical_name
 from ..recording.optimizers import OptimizerDescription, build_optimizer
 
@@ -86,7 +86,7 @@ def retrain(
     Returns:
         The model skeleton, and the parameters in which copies differ, name -> `[copies, *shape]`.
     """
-    task = task or CausalLMTask()
+    task = task or task_for(stage)
     collate = data_collator or CausalLMCollator()
     model = stage.build_model(dtype).eval()
     stage.load_weights(model, "initial")
@@ -172,8 +172,10 @@ def retrain_in_chunks(
     **options: Any,
 ) -> np.ndarray:
     """Losses of the query rows after retraining on every mask, a few copies at a time: float64 `[copies, rows]`."""
+    task = options.get("task") or task_for(stage)
+    measured = task.unsmoothed() if isinstance(task, RowLossTask) else task
     parts = [
-        losses_of(*retrain(stage, dataset, keep[start : start + chunk], **options), rows, options.get("task"))
+        losses_of(*retrain(stage, dataset, keep[start : start + chunk], **options), rows, measured)
         for start in range(0, len(keep), chunk)
     ]
     return np.concatenate(parts)

@@ -20,6 +20,7 @@ has no rule, or whose rule does not agree (weights used outside their module, un
 backward pass per row instead: slower, never silently left out.
 """
 
+import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -105,6 +106,12 @@ class RowGradients:
                     uses.append(Use(module, rule))
         return uses
 
+    def with_task(self, task: Task) -> "RowGradients":
+        """The same engine, its rules already checked, for another loss of the same outputs."""
+        other = copy.copy(self)
+        other.task = task
+        return other
+
     def run(self, batch: Batch, names: Iterable[str] | None = None, labels: torch.Tensor | None = None,
             generator: torch.Generator | None = None) -> Pass:  # fmt: skip
         """Forward and backward over a batch.
@@ -129,7 +136,9 @@ class RowGradients:
         if made:
             grads = torch.autograd.grad(losses.sum(), [call.output for call in made], allow_unused=True)
             for call, grad in zip(made, grads, strict=True):
-                call.grad = torch.zeros_like(call.output) if grad is None else grad
+                if grad is None:  # no part in the loss, such as DoRA's look at its own weights: whatever its layout
+                    calls[call.module] = [other for other in calls[call.module] if other is not call]
+                call.grad = grad
                 call.output = call.output.detach()
         return Pass(batch, labels, losses.detach(), calls)
 

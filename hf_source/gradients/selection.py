@@ -21,8 +21,8 @@ from .task import CausalLMTask, Seq2SeqTask, Task
 
 
 TASKS: dict[str, Callable[[Mapping[str, Any]], Task]] = {
-    "causal_lm": lambda settings: CausalLMTask(),
-    "seq2seq_lm": lambda settings: Seq2SeqTask(),
+    "causal_lm": lambda settings: CausalLMTask(**settings),
+    "seq2seq_lm": lambda settings: Seq2SeqTask(**settings),
 }
 """`loss["kind"]` of a stage to the task it trained on; called with the loss's recorded settings."""
 

@@ -106,6 +106,10 @@ class RowLossTask:
     def prepare(self, model: torch.nn.Module, rows: Any) -> None:
         """Called with the stage's model and rows before the stage is walked through."""
 
+    def unsmoothed(self) -> "RowLossTask":
+        """The task without label smoothing: that of queries, and of labels drawn from the model."""
+        return self
+
 
 def labels_of(batch: Batch) -> torch.Tensor:
     """The batch's labels; zeros `[rows]` where it has none."""
@@ -120,9 +124,32 @@ class CausalLMTask(RowLossTask):
 
     Its Hessian is approximated by the Fisher with labels drawn from the model, which for a softmax equals the
     generalised Gauss-Newton matrix (Martens 2020, arXiv 1412.1193, section 9.2).
+
+    With label smoothing the loss of an item is the cross-entropy of `q = (1 - epsilon) e_label + epsilon / V`. Its
+    Hessian in the logits, `diag(p) - p p^T`, does not depend on `q`, so the Gauss-Newton matrix is that of the plain
+    loss; and it is the covariance of `p - e_y` under labels `y ~ p`, so the Fisher takes the plain loss of labels
+    drawn from the softmax (`unsmoothed`).
+
+    Args:
+        label_smoothing: `epsilon`.
+        virtual_tokens: tokens that a learned prompt puts before every row. The first label is told from them.
     """
 
     columns = ("input_ids", "labels", "attention_mask")
+
+    def __init__(self, label_smoothing: float = 0.0, virtual_tokens: int = 0) -> None:
+        self.label_smoothing = label_smoothing
+        self.virtual_tokens = virtual_tokens
+
+    def unsmoothed(self) -> "CausalLMTask":
+        """See `RowLossTask.unsmoothed`."""
+        return CausalLMTask(virtual_tokens=self.virtual_tokens) if self.label_smoothing else self
+
+    def predictions(self, outputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and the labels that they tell, `[rows, predictions, vocabulary]` and `[rows, predictions]`."""
+        if self.virtual_tokens:
+            return outputs[:, self.virtual_tokens - 1 : -1], labels
+        return outputs[:, :-1], labels[:, 1:]
 
     def forward(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Logits, float `[rows, tokens, vocabulary]`."""
@@ -130,12 +157,12 @@ class CausalLMTask(RowLossTask):
         return model(**inputs, use_cache=False).logits
 
     def row_losses(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Summed negative log-likelihood of each row's label tokens, nats, `[rows]`."""
+        """Summed (smoothed) negative log-likelihood of each row's label tokens, nats, `[rows]`."""
         return self.token_losses(outputs, labels).sum(dim=1)
 
     def token_losses(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Negative log-likelihood of every label token, `[rows, tokens - 1]`, 0 where nothing is asked."""
-        return _token_losses(outputs[:, :-1], labels[:, 1:])
+        return _token_losses(*self.predictions(outputs, labels), self.label_smoothing)
 
     def sample_labels(self, outputs: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Each loss item's label drawn from the softmax of its logits; shape and masking of `labels`.
@@ -144,16 +171,22 @@ class CausalLMTask(RowLossTask):
         the same generator on every device and survives rounding differences between two passes.
         """
         sampled = labels.clone()
-        sampled[:, 1:] = _drawn(outputs[:, :-1], labels[:, 1:], generator)
+        logits, targets = self.predictions(outputs, labels)
+        sampled[:, self._first :] = _drawn(logits, targets, generator)
         return sampled
 
+    @property
+    def _first(self) -> int:
+        """The first label that something tells."""
+        return 0 if self.virtual_tokens else 1
+
     def num_items(self, labels: torch.Tensor) -> torch.Tensor:
-        """Label tokens of each row; the first token is never predicted."""
-        return (labels[:, 1:] != IGNORE_INDEX).sum(dim=1)
+        """Label tokens of each row; the first token is only predicted from a learned prompt."""
+        return (labels[:, self._first :] != IGNORE_INDEX).sum(dim=1)
 
     def count_items(self, row: Mapping[str, Any]) -> int:
         """Label tokens of one row."""
-        return sum(label != IGNORE_INDEX for label in (row.get("labels") or row["input_ids"])[1:])
+        return sum(label != IGNORE_INDEX for label in (row.get("labels") or row["input_ids"])[self._first :])
 
     def length(self, row: Mapping[str, Any]) -> int:
         """Tokens of one row."""
@@ -165,9 +198,19 @@ class Seq2SeqTask(RowLossTask):
 
     The decoder reads the row's own labels, shifted to the right, also where the labels of the loss are drawn from the
     model.
+
+    Args:
+        label_smoothing: see `CausalLMTask`.
     """
 
     columns = ("input_ids", "labels", "attention_mask")
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        self.label_smoothing = label_smoothing
+
+    def unsmoothed(self) -> "Seq2SeqTask":
+        """See `RowLossTask.unsmoothed`."""
+        return Seq2SeqTask() if self.label_smoothing else self
 
     def forward(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Logits of the decoder, float `[rows, label tokens, vocabulary]`."""
@@ -183,7 +226,7 @@ class Seq2SeqTask(RowLossTask):
 
     def token_losses(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Negative log-likelihood of every label token, `[rows, tokens]`, 0 where nothing is asked."""
-        return _token_losses(outputs, labels)
+        return _token_losses(outputs, labels, self.label_smoothing)
 
     def sample_labels(self, outputs: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Each loss item's label drawn from the softmax of its logits; shape and masking of `labels`."""
@@ -210,11 +253,15 @@ class Seq2SeqCollator(CausalLMCollator):
         return batch
 
 
-def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _token_losses(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     return F.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+        logits.flatten(0, 1),
+        targets.flatten(),
+        ignore_index=IGNORE_INDEX,
+        reduction="none",
+        label_smoothing=label_smoothing,
     ).view_as(targets)
 
 

@@ -46,6 +46,7 @@ def refuse_unsupported(trainer: Any) -> None:
             "or float32."
         )
     _refuse_compiled(trainer.model)
+    _refuse_adapters(trainer.model)
     _refuse_batch_norm(trainer.model)
     if getattr(trainer, "padding_free", False):
         with trainer.accelerator.autocast():
@@ -69,6 +70,22 @@ def warn_about_resuming(trainer: Any) -> None:
             f"In the resumed epoch some rows train twice and others never: {reason} to resume as if nothing had "
             "happened. The record counts what really happens."
         )
+
+
+_ADAPTERS_WITH_A_LOSS = {
+    "ADALORA": "adds a term for orthogonal adapters to the loss, and changes ranks while it trains",
+    "CPT": "weighs the tokens of its prompt in a loss of its own",
+}
+
+
+def _refuse_adapters(model: torch.nn.Module) -> None:
+    for config in getattr(model, "peft_config", {}).values():
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if kind in _ADAPTERS_WITH_A_LOSS:
+            raise UnsupportedError(
+                f"The PEFT method {kind} {_ADAPTERS_WITH_A_LOSS[kind]}, which belongs to no row and is not in the "
+                "record. Use another method, such as LoRA."
+            )
 
 
 def _refuse_compiled(model: torch.nn.Module) -> None:

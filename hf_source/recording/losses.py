@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from .models import is_causal_lm, plain_model
+from .models import is_causal_lm, num_virtual_tokens, plain_model
 from .smoothing import label_smoothing
 
 
@@ -45,7 +45,7 @@ def _kind(trainer: Any) -> tuple[str, dict[str, Any], str | None]:
         return "compute_loss_func", {}, "it trained with a compute_loss_func"
     owner = loss_owner(trainer)
     if owner is Trainer:
-        return _model_loss(plain_model(trainer.model))
+        return _model_loss(trainer)
     if owner.__module__.startswith("trl.") and owner.__name__ in _OF_TRL:
         return _OF_TRL[owner.__name__](trainer)
     return "compute_loss", {}, f"{owner.__qualname__} has its own compute_loss"
@@ -54,7 +54,7 @@ def _kind(trainer: Any) -> tuple[str, dict[str, Any], str | None]:
 def _sft_loss(trainer: Any) -> tuple[str, dict[str, Any], str | None]:
     """TRL's own sum of token losses over the count, computed without the full logits."""
     if trainer.args.loss_type in ("nll", "chunked_nll"):
-        return "causal_lm", {}, None
+        return "causal_lm", _causal_settings(trainer), None
     reason = "weighs each token's loss by its probability" if trainer.args.loss_type == "dft" else "is another loss"
     return trainer.args.loss_type, {}, f"loss_type='{trainer.args.loss_type}' {reason}: train with loss_type='nll'"
 
@@ -62,18 +62,23 @@ def _sft_loss(trainer: Any) -> tuple[str, dict[str, Any], str | None]:
 _OF_TRL = {"SFTTrainer": _sft_loss}
 
 
+def _causal_settings(trainer: Any) -> dict[str, Any]:
+    return {"label_smoothing": label_smoothing(trainer), "virtual_tokens": num_virtual_tokens(trainer.model)}
+
+
 def loss_owner(trainer: Any) -> type:
     """The class whose `compute_loss` is used."""
     return next(cls for cls in type(trainer).__mro__ if "compute_loss" in vars(cls))
 
 
-def _model_loss(model: torch.nn.Module) -> tuple[str, dict[str, Any], str | None]:
+def _model_loss(trainer: Any) -> tuple[str, dict[str, Any], str | None]:
+    model = plain_model(trainer.model)
     if is_causal_lm(model):
-        return "causal_lm", {}, None
+        return "causal_lm", _causal_settings(trainer), None
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(
         model, "prepare_decoder_input_ids_from_labels"
     ):
-        return "seq2seq_lm", {}, None
+        return "seq2seq_lm", {"label_smoothing": label_smoothing(trainer)}, None
     return str(getattr(model, "loss_type", None)), {}, f"{type(model).__name__} computes its loss itself"
 
 

@@ -17,7 +17,10 @@ import pytest
 import torch
 from cases import config, distance, random_rows, tiny_gpt2, tiny_llama, train
 
+from hf_source import Queries, SourceAttributor
+from hf_source.curvature import FisherSample
 from hf_source.errors import UnsupportedError
+from hf_source.gradients import CausalLMTask, RowGradients
 from hf_source.recording import SourceTrainer, TrainingRecord, replay
 
 
@@ -60,7 +63,7 @@ def test_normalizers_are_what_the_smoothed_loss_was_divided_by(tmp_path, make):
     settings = {"learning_rate": 0.0, "label_smoothing_factor": EPSILON}
     Spy(model, config(tmp_path, **settings), train_dataset=rows).train()
     stage = TrainingRecord.load(tmp_path / "record").stage()
-    assert stage.loss["label_smoothing"] == EPSILON and stage.loss["kind"] == "causal_lm"
+    assert stage.loss["label_smoothing"] == EPSILON
     assert stage.loss["normalization"] == ("micro_batch_mean" if make is mean_loss_llama else "tokens")
     steps = stage.steps().micro_batches
     assert sum(len(step) for step in steps) == len(losses)
@@ -92,6 +95,62 @@ def test_a_smoothed_run_in_bfloat16_replays(tmp_path):
     stage = record.stage()
     again, final = dict(replay(stage, random_rows()).named_parameters()), stage.weights("final")
     assert distance(again, final) <= 1e-4 * distance(stage.weights("initial"), final)
+
+
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
+def test_rows_are_scored_by_the_smoothed_loss_and_queries_by_the_plain_one(tmp_path, make):
+    _, record = train(tmp_path, make(dtype=torch.float64), label_smoothing_factor=EPSILON, num_segments=1)
+    stage, rows = record.stage(), random_rows()
+    attributor = SourceAttributor(record, num_samples=8, progress=False, dtype=torch.float64, curvature="identity")
+    queries = Queries.from_dataset(random_rows(2, seed=9))
+    assert attributor.task_of(stage).label_smoothing == EPSILON
+    assert attributor.measurement(queries).label_smoothing == 0
+    scores = attributor.scores(None, queries)
+
+    model = stage.build_model()
+    names = stage.trainable
+    plain = torch.autograd.grad(query_loss(model, random_rows(2, seed=9)[0]), list(model.parameters()))
+    plain = dict(zip([name for name, _ in model.named_parameters()], plain, strict=True))
+    segment = stage.segments[0]
+    stage.load_weights(model, 0)
+    scale, decay, s = segment.preconditioner(), segment.decay(), segment.effective_learning_rate_sum
+    weights = segment.applied_weights()
+    for index in (0, 7):
+        grads = torch.autograd.grad(row_loss(model, rows[index]), list(model.parameters()))
+        grads = dict(zip([name for name, _ in model.named_parameters()], grads, strict=True))
+        by_hand = 0.0
+        for name in names:
+            x = scale[name] * plain[name] * decayed(s * decay[name])  # F_r without curvature, per unit of s
+            by_hand += float((x * grads[name]).sum())
+        assert scores[0, index] == pytest.approx(weights[index] * by_hand, rel=1e-3)
+
+
+def query_loss(model, row):
+    ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
+    return torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], labels, reduction="sum")
+
+
+def decayed(x):
+    """`(1 - exp(-x)) / x`."""
+    return torch.where(x > 0, -torch.expm1(-x) / x.clamp_min(1e-300), torch.ones_like(x))
+
+
+def test_the_curvature_is_that_of_the_plain_loss():
+    """Cross-entropy with any targets has the Hessian `diag(p) - p p^T` in the logits; labels are drawn for it."""
+    torch.manual_seed(0)
+    logits = torch.randn(1, 2, 5, dtype=torch.float64)
+    labels = torch.tensor([[1, 3]])
+    task = CausalLMTask(label_smoothing=EPSILON)
+
+    def loss(given, task):
+        return task.row_losses(given.view_as(logits), labels).sum()
+
+    for one in (task, task.unsmoothed()):
+        hessian = torch.func.hessian(loss)(logits.flatten(), one)[:5, :5]
+        p = logits[0, 0].softmax(-1)
+        torch.testing.assert_close(hessian, torch.diag(p) - p[:, None] * p, rtol=1e-6, atol=1e-8)
+    sample = FisherSample(RowGradients(tiny_llama(), task, ["lm_head.weight"]), [])
+    assert sample.gradients.task.label_smoothing == 0
 
 
 def test_a_loss_function_of_ones_own_is_not_smoothed(tmp_path):
