@@ -25,6 +25,7 @@ _LAZY = {
     "SourceTrainer": ".recording",
     "RecordingMixin": ".recording",
     "TrainingRecord": ".recording",
+    "number_rows": ".recording",
     "SourceAttributor": ".attribution",
     "Queries": ".attribution",
     "RowLossTask": ".gradients",

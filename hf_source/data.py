@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import xxhash
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from .errors import DataError
@@ -107,14 +107,15 @@ def prepare_rows(
     tokenizer's end-of-sequence token, so that generation learns to stop. Other columns are kept.
 
     Args:
-        dataset: rows with `text`, with `prompt` and `completion`, or with `input_ids`.
+        dataset: rows with `text`, with `prompt` and `completion`, or with `input_ids`; a `Dataset` or a stream.
         processing_class: tokenizer; needed for raw text.
         max_length: rows are cut to this many tokens; `None` leaves them whole.
 
     Raises:
         DataError: if the columns are unknown, or raw text comes without a tokenizer.
     """
-    kind = dataset_kind(dataset.column_names)
+    names = dataset.column_names or list(next(iter(dataset.take(1)), {}))
+    kind = dataset_kind(names)
     if kind == "tokenized":
         return dataset
     if processing_class is None:
@@ -130,8 +131,10 @@ def prepare_rows(
             ]
         return {"input_ids": [ids[:max_length] for ids, _ in pairs], "labels": [lab[:max_length] for _, lab in pairs]}
 
-    if "labels" in dataset.column_names:
+    if "labels" in names:
         raise DataError("A raw text dataset may not have a `labels` column: rename it, or tokenise to `input_ids`.")
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(encode, batched=True)
     settings = f"{dataset._fingerprint}/{kind}/{max_length}/{tokenizer_digest(processing_class)}"
     fingerprint = xxhash.xxh64(settings.encode())
     return dataset.map(encode, batched=True, desc="Tokenizing rows", new_fingerprint=fingerprint.hexdigest())
@@ -195,14 +198,23 @@ def content_fingerprint(dataset: Dataset | Sequence[Mapping[str, Any]]) -> str:
                 column = batch[name].combine_chunks() if isinstance(batch[name], pa.ChunkedArray) else batch[name]
                 _hash_column(digest, column)
         return digest.hexdigest()
-    digest.update(repr(len(dataset)).encode())
-    for index in range(len(dataset)):
-        row = dataset[index]
-        for name in ("input_ids", "labels"):
-            if name in row:
-                values = np.asarray(row[name], dtype=np.int64)
-                digest.update(repr((name, values.shape)).encode())
-                digest.update(values.tobytes())
+    names: list[str] = []
+    numbers: list[int] = []
+    for start in range(0, len(dataset), 4096):
+        rows = [dataset[index] for index in range(start, min(start + 4096, len(dataset)))]
+        if not start:
+            names = [name for name in ("input_ids", "labels") if name in rows[0]]
+            digest.update(repr((len(dataset), names)).encode())
+        for name in names:
+            lacking = [start + place for place, row in enumerate(rows) if name not in row]
+            if lacking:
+                digest.update(repr((name, lacking)).encode())
+            _hash_column(digest, pa.array([np.asarray(row.get(name, [])).tolist() for row in rows]))
+        numbers += [int(row.get(ROW, start + place)) for place, row in enumerate(rows)]
+    if numbers != list(range(len(numbers))):
+        rows = [dataset[index] for index in range(len(dataset))]
+        tokens = {name: [np.asarray(row.get(name, [])).tolist() for row in rows] for name in names}
+        return content_fingerprint(Dataset.from_dict(tokens | {ROW: numbers}))
     return digest.hexdigest()
 
 

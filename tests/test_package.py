@@ -54,7 +54,7 @@ def test_a_lazy_name_loads_what_it_needs():
 def test_lazy_names_are_those_of_their_modules():
     from hf_source import attribution, recording
 
-    for name in ("SourceConfig", "SourceTrainer", "RecordingMixin", "TrainingRecord"):
+    for name in ("SourceConfig", "SourceTrainer", "RecordingMixin", "TrainingRecord", "number_rows"):
         assert getattr(hf_source, name) is getattr(recording, name)
     for name in ("SourceAttributor", "Queries"):
         assert getattr(hf_source, name) is getattr(attribution, name)
@@ -64,8 +64,11 @@ def test_lazy_names_are_those_of_their_modules():
         "SourceTrainer",
         "RecordingMixin",
         "TrainingRecord",
+        "number_rows",
         "SourceAttributor",
         "Queries",
+        "RowLossTask",
+        "CausalLMTask",
     }
 
 

@@ -323,7 +323,8 @@ class SourceAttributor:
             stage: which stage; may be left out if there is only one.
 
         Returns:
-            float32 `[queries, rows]`, nats for `method="source"`.
+            float32 `[queries, rows]`, nats for `method="source"`; 0 for rows that the stage never trained on, which
+            had no influence.
 
         Raises:
             DataError: if the dataset is not the recorded one, or a query cannot be used.
@@ -332,8 +333,7 @@ class SourceAttributor:
         record = self.record.stage(stage)
         rows = self.rows(record) if dataset is None else self.set_dataset(record.name, dataset)
         queries = self.encode(queries)
-        scores = self._stage_scores(record, queries)
-        return scores[:, rows.numbers]
+        return rows.as_given(self._stage_scores(record, queries))
 
     def _stage_scores(self, stage: StageRecord, queries: Queries) -> np.ndarray:
         """Scores by row number. The walk stops where it is and goes on when an earlier stage is asked for."""
@@ -400,7 +400,7 @@ class SourceAttributor:
             scores = self._stage_scores(stage, self.encode(queries))
             text = partial(rows.text, processing_class=self.processing_class)
             # Rows that the Trainer filtered out have a number, but no score.
-            parts.append((stage.name, scores[:, rows.numbers], rows.numbers, text))
+            parts.append((stage.name, scores[:, rows.trained_rows], rows.trained_rows, text))
         return top_table(parts, queries.names, k, opposing)
 
     def plan(self, dataset: Dataset | None, queries: Queries, stage: str | None = None) -> Plan:

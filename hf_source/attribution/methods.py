@@ -117,10 +117,10 @@ def bm25(attributor: "SourceAttributor", queries: Queries) -> Scores:
         raise ConfigError("method='bm25' needs the package rank_bm25: pip install rank_bm25.") from error
     for stage in reversed(attributor.record.stages):
         rows = attributor.rows(stage)
-        index = BM25Okapi([_words(rows.text(row, attributor.processing_class)) for row in rows.numbers])
+        index = BM25Okapi([_words(rows.text(row, attributor.processing_class)) for row in rows.trained_rows])
         scores = np.zeros((len(queries), stage.num_rows), dtype=np.float32)
         for position, (_, prompt, completion) in attributor.share(list(enumerate(queries))):
-            scores[position, rows.numbers] = index.get_scores(_words(prompt + completion))
+            scores[position, rows.trained_rows] = index.get_scores(_words(prompt + completion))
         yield stage, scores
 
 

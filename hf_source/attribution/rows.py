@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from ..data import ROW, content_fingerprint, prepare_rows, take_rows
+from ..data import ROW, take_rows
 from ..errors import DataError, UnsupportedError
 from ..gradients import CausalLMTask, RowGradients, RowLossTask, Task
 from ..recording import StageRecord
+from ..recording.matching import match_rows
 from ..recording.packing import split
-from ..recording.stored_rows import is_given
 
 
 class StageRows:
@@ -36,8 +36,8 @@ class StageRows:
 
     Args:
         stage: what was recorded.
-        dataset: the dataset as the Trainer took it, raw or tokenised, in any order if it carries `source_row`; `None`
-            for the rows that the record holds.
+        dataset: the dataset as the Trainer took it, raw, tokenised or streamed, in any order if it carries
+            `source_row`, rows that the Trainer filtered out included; `None` for the rows that the record holds.
         processing_class: tokenizer for raw text.
         data_collator: makes model inputs of rows; the task's by default.
         max_tokens_per_batch: padded tokens of one batch.
@@ -45,7 +45,7 @@ class StageRows:
 
     Attributes:
         given: the dataset that scores are shown with.
-        numbers: int64, the row number of each row of `given`.
+        numbers: int64, the row number of each row of `given`; some may never have trained.
         row: int64 `[pieces]`, the row that a piece's score is credited to.
         example: int64 `[pieces]`, what the record's weights say of the piece: its row, or its packed sequence.
         trained: int64, numbers of the pieces that exist.
@@ -67,12 +67,12 @@ class StageRows:
         self.stage = stage
         self.task = task
         self.max_tokens_per_batch = max_tokens_per_batch
-        self.dataset = self._trained_rows(dataset, processing_class)
-        self.given = self.dataset if dataset is None else dataset
-        self.numbers = _row_numbers(self.given, stage.num_rows)
         own = task if isinstance(task, RowLossTask) else CausalLMTask() if task else RowLossTask()
         self.columns = own.columns
         self.collate = data_collator or own.collator(processing_class)
+        matched = match_rows(stage, dataset, processing_class, self.collate)
+        self.dataset, self.trained = matched.dataset, matched.numbers
+        self.given, self.numbers = matched.given, matched.given_numbers
         self._packed = None
         if stage.packing is None:
             self._count_pieces(own)
@@ -81,37 +81,10 @@ class StageRows:
         if task is not None:
             self._check_items()
 
-    def _trained_rows(self, dataset: Dataset | None, processing_class: Any) -> Dataset:
-        stage, stored = self.stage, self.stage.rows()
-        if dataset is None:
-            if stored is None:
-                raise DataError(
-                    f"The rows of stage {stage.name!r} are needed to walk through it, and the record does not hold "
-                    f"them: pass `datasets={{{stage.name!r}: ...}}` to from_record."
-                )
-            return stored
-        if len(dataset) == stage.num_rows and stored is not None and is_given(dataset, stage):
-            return stored
-        if len(dataset) != stage.num_rows:
-            raise DataError(
-                f"The dataset has {len(dataset)} rows, but stage {stage.name!r} was trained on {stage.num_rows}: pass "
-                "the dataset exactly as the Trainer took it (before or after tokenising)."
-            )
-        if stage.dataset["kind"] != "custom":
-            dataset = prepare_rows(dataset, processing_class, stage.dataset.get("max_length"))
-        if content_fingerprint(dataset) != stage.dataset["fingerprint"]:
-            raise DataError(
-                f"The dataset is not the one stage {stage.name!r} was trained on (its content hash differs): pass the "
-                "same rows in the same order, tokenised by the same tokenizer. If it was shuffled since, keep the "
-                f"`{ROW}` column that numbers the rows."
-            )
-        return dataset
-
     def _count_pieces(self, task: RowLossTask) -> None:
         """One piece for each row."""
         count = self.stage.num_rows
         self.row = self.example = np.arange(count)
-        self.trained = _row_numbers(self.dataset, count)
         self.positions = np.full(count, -1)
         self.positions[self.trained] = np.arange(len(self.dataset))
         self.lengths, self.items = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
@@ -131,7 +104,7 @@ class StageRows:
         self._first_piece = np.searchsorted(self.example, np.arange(len(examples) + 1))
         if self.given is self.dataset:
             self.given = self._unpacked()
-            self.numbers = _row_numbers(self.given, self.stage.num_rows)
+            self.numbers = np.asarray(self.given[ROW])
 
     def _unpacked(self) -> Dataset:
         """The rows that were trained on, put together again from their pieces."""
@@ -210,6 +183,16 @@ class StageRows:
             rows = [self._packed[int(piece)] for piece in pieces]
         return collate(self.collate, rows, device, self.columns)
 
+    @property
+    def trained_rows(self) -> np.ndarray:
+        """int64, the numbers of the rows that trained, ascending."""
+        return np.unique(self.row[self.trained])
+
+    def as_given(self, scores: np.ndarray) -> np.ndarray:
+        """Scores by row number `[queries, rows]`, in the order of the given dataset; 0 for rows that never trained."""
+        missing = max(int(self.numbers.max(initial=-1)) + 1 - scores.shape[1], 0)
+        return np.pad(scores, ((0, 0), (0, missing)))[:, self.numbers]
+
     def shortest(self, count: int) -> list[int]:
         """A few short pieces of different length, with loss items: enough to compare gradient rules with autograd."""
         order = self.trained[np.argsort(self.lengths[self.trained], kind="stable")]
@@ -256,16 +239,3 @@ def row_text(row: Mapping[str, Any], processing_class: Any = None) -> str:
         if processing_class is not None and name in row:
             return processing_class.decode(list(row.get("prompt_ids", ())) + row[name], skip_special_tokens=True)
     return ""
-
-
-def _row_numbers(dataset: Dataset, num_rows: int) -> np.ndarray:
-    """Numbers of the rows in their present order."""
-    if ROW not in dataset.column_names:
-        return np.arange(len(dataset))
-    numbers = np.asarray(dataset[ROW], dtype=np.int64)
-    if len(np.unique(numbers)) != len(numbers) or (len(numbers) and (numbers.min() < 0 or numbers.max() >= num_rows)):
-        raise DataError(
-            f"Column `{ROW}` must hold a different number from 0 to {num_rows - 1} for every row: it says which row "
-            "was which in training. Restore it, or drop it if the rows are in their original order."
-        )
-    return numbers

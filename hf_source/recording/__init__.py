@@ -19,6 +19,7 @@ from .record import TrainingRecord
 from .replay import replay
 from .stage import SegmentRecord, StageRecord
 from .steps import MicroBatch, StepTable
+from .streams import number_rows
 from .trainer import RecordingMixin, SourceTrainer
 
 
@@ -32,5 +33,6 @@ __all__ = [
     "StepTable",
     "TrainingRecord",
     "canonical_name",
+    "number_rows",
     "replay",
 ]

@@ -13,17 +13,20 @@
 # limitations under the License.
 """What cannot be recorded correctly is refused before the first step, with the reason and the fix."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..errors import UnsupportedError
 from .losses import describe_loss
 from .models import plain_model
 from .packing import refuse_leaks
-from .rows import refuse_streams
 from .smoothing import refuse_unshifted_smoothing
+from .streams import is_stream
 
 
 logger = get_logger(__name__)
@@ -36,8 +39,6 @@ def refuse_unsupported(trainer: Any) -> None:
         UnsupportedError: naming what cannot be recorded, why, and what to change.
     """
     args = trainer.args
-    if trainer.train_dataset is not None:
-        refuse_streams(trainer.train_dataset)
     refuse_unshifted_smoothing(trainer)
     _refuse_ways_to_share(trainer)
     if args.fp16 or trainer.accelerator.mixed_precision not in ("no", "bf16"):
@@ -54,9 +55,15 @@ def refuse_unsupported(trainer: Any) -> None:
     warn_about_noise(trainer)
 
 
-def warn_about_resuming(trainer: Any) -> None:
-    """Say when the Trainer will not go on with the rows that an uninterrupted run would have seen next."""
+def warn_about_resuming(trainer: Any, folder: Path) -> None:
+    """Say when the Trainer will not go on with the rows that an uninterrupted run would have seen next.
+
+    Args:
+        trainer: the trainer.
+        folder: checkpoint that it resumes from.
+    """
     args = trainer.args
+    state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     accelerator = trainer.accelerator
     reason = None
     if args.ignore_data_skip:
@@ -65,6 +72,8 @@ def warn_about_resuming(trainer: Any) -> None:
         reason = "train_sampling_strategy='group_by_length' draws a new order. Use 'random' or 'batch_rebalance'"
     elif not accelerator.dataloader_config.use_seedable_sampler:
         reason = "use_seedable_sampler=False draws a new order. Leave it out"
+    elif is_stream(trainer.train_dataset) and state["epoch"] >= 1:
+        reason = "the Trainer starts the stream again. Resume in its first epoch, or collect it in a Dataset"
     if reason is not None:
         logger.warning(
             f"In the resumed epoch some rows train twice and others never: {reason} to resume as if nothing had "

@@ -32,6 +32,7 @@ from .optimizers import OptimizerDescription
 from .rows import RowDataset
 from .sharding import class_of
 from .stage import StageRecord
+from .streams import column_names, is_stream
 from .writer import RecordWriter
 
 
@@ -95,17 +96,20 @@ def _class_name(thing: Any) -> str:
 
 def _describe_dataset(trainer: Any, options: RecordingOptions) -> dict[str, Any]:
     dataset = trainer.train_dataset
-    wrapped = isinstance(dataset, RowDataset)
+    stream = is_stream(dataset)
+    # Of a stream, rows and fingerprint are known when it has been read, see `StreamRows`.
+    rows = dataset.dataset if isinstance(dataset, RowDataset) else dataset
     return {
-        "fingerprint": content_fingerprint(dataset.dataset if wrapped else dataset),
+        "fingerprint": None if stream else content_fingerprint(rows),
         "num_rows": trainer.num_train_rows,
-        "columns": [] if wrapped else [name for name in dataset.column_names if name != ROW],
+        "columns": [name for name in column_names(dataset) if name != ROW],
         "kind": trainer.train_rows_kind,
         "max_length": options.max_length if trainer.train_rows_kind in ("text", "prompt_completion") else None,
         "row_numbers": "column" if trainer.rows_were_numbered else "position",
         "given": _describe_given(trainer.given_dataset),
         "packing": trainer.packing,
         "num_examples": trainer.num_train_examples or trainer.num_train_rows,
+        "stream": stream,
     }
 
 

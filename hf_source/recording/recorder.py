@@ -32,6 +32,7 @@ from .optimizers import describe_optimizer
 from .processes import Processes
 from .segments import SegmentAccumulator
 from .sharding import whole_tensors
+from .streamed_rows import StreamRows
 from .weight_samples import is_sampled, sample_weights
 from .writer import RecordWriter, file_entry, write_json, write_tensors
 
@@ -50,6 +51,7 @@ class StageRecorder:
         segment_starts: first step of every planned segment.
         names: name of every parameter of the model, from `recorded_names`.
         processes: the processes that train together.
+        streamed: keeps the rows of a stream.
 
     Attributes:
         merge_processes: whether losses are divided by loss items counted over all processes, so that what the
@@ -63,12 +65,14 @@ class StageRecorder:
         segment_starts: Sequence[int],
         names: Mapping[torch.nn.Parameter, str | None],
         processes: Processes,
+        streamed: StreamRows | None = None,
     ) -> None:
         self.processes = processes
         self.merge_processes = True
         self.writer = writer
         self.accumulator = accumulator
         self.names = names
+        self.streamed = streamed
         self.segment_starts = list(segment_starts)
         self.step = self.first_step = 0
         self.inside_update = False
@@ -80,14 +84,19 @@ class StageRecorder:
         self._watch = UpdateWatch(names, recorded, accumulator.optimizer)
         self._groups_in_use = [g for g, group in enumerate(accumulator.description.groups) if group.parameters]
 
-    def add_micro_batch(self, rows: torch.Tensor, normalizer: Any, items: Any) -> None:
+    def add_micro_batch(
+        self, rows: torch.Tensor, normalizer: Any, items: Any, inputs: Mapping[str, Any] | None = None
+    ) -> None:
         """Note one micro-batch of the running step; tensors stay where they are until the next flush.
 
         Args:
             rows: row numbers, int64 `[rows]`.
             normalizer: what the micro-batch's summed loss was divided by before backward.
             items: its number of loss items.
+            inputs: what the model is given; needed of streams.
         """
+        if self.streamed is not None and inputs is not None:
+            self.streamed.add(rows, inputs)
         self._watch.micro_batch(self.step, first=not self._micro_batches)
         self._micro_batches.append({"rows": rows, "normalizer": normalizer, "items": items})
 
@@ -111,6 +120,8 @@ class StageRecorder:
             "clip_factor": clip_factor,
         }
         self.inside_update = True
+        if self.streamed is not None:
+            self.streamed.visit(self.step)
         self.accumulator.before_update(self._reference(learning_rates), clip_factor)
 
     def after_update(self, skipped: bool = False) -> None:
@@ -127,7 +138,7 @@ class StageRecorder:
             step["weights"] = None if sample is None else sample.tolist()
         if self.step in self.segment_starts:
             self._close_segment()
-        if len(self._steps) >= STEPS_PER_SHARD:
+        if len(self._steps) >= STEPS_PER_SHARD or (self.streamed is not None and self.streamed.full):
             self.flush()
 
     def flush(self) -> None:
@@ -144,8 +155,11 @@ class StageRecorder:
             ]
         steps, self._steps = self.processes.gather_steps(self._steps, self.merge_processes), []
         self.writer.stage["num_steps"] = self.step
+        rows = [] if self.streamed is None else self.streamed.gather(self.step)
 
         def write() -> None:
+            if self.streamed is not None:
+                self.streamed.write(rows, self.step)
             self.writer.add_steps(steps)
             self.writer.commit()
 
@@ -195,6 +209,8 @@ class StageRecorder:
 
         def cut_back() -> dict[str, Any]:
             self.writer.stage.setdefault("attempts", []).append({"id": uuid.uuid4().hex, "first_step": self.step})
+            if self.streamed is not None:
+                self.streamed.cut_back(self.step)
             changes = self.writer.stage.get("trainable_changes", [])
             self.writer.stage["trainable_changes"] = [change for change in changes if change["step"] < self.step]
             self.writer.cut_back(self.step, self._segment_start)
@@ -213,6 +229,8 @@ class StageRecorder:
         started = [start for start in self.segment_starts if start <= self.step]
         self.segment_starts = started + [self.step + start for start in segment_starts[1:]]
         self._micro_batches = []
+        if self.streamed is not None:
+            self.streamed.drop_waiting()
         self.first_step = self.step
         self.writer.stage |= {"planned_segment_starts": self.segment_starts, "training": training}
         self.flush()

@@ -24,15 +24,16 @@ import datasets
 import numpy as np
 import torch
 
-from ..data import ROW, CausalLMCollator, content_fingerprint, prepare_rows, take_rows
+from ..data import ROW, CausalLMCollator, take_rows
 from ..errors import DataError, UnsupportedError
+from .matching import match_rows
 from .models import predicted_labels
 from .optimizers import OptimizerDescription, build_optimizer
 from .packing import split
 from .smoothing import smoothed_loss
 from .stage import StageRecord
 from .steps import MicroBatch
-from .stored_rows import is_given
+from .streams import is_stream
 from .warm import load_optimizer_state
 
 
@@ -78,7 +79,7 @@ def replay(
     if model is None:
         model = stage.build_model(dtype)
     stage.load_weights(model, "initial")
-    rows = _RowReader(stage, dataset)
+    rows = _RowReader(stage, dataset, data_collator)
     mask = _checked_mask(row_mask, stage.num_rows)
     collator = data_collator or _default_collator(stage)
     description = OptimizerDescription.from_dict(stage.optimizer)
@@ -220,39 +221,15 @@ def _checked_mask(row_mask: np.ndarray | None, num_rows: int) -> np.ndarray | No
 class _RowReader:
     """Rows by number, tokenised as in training."""
 
-    def __init__(self, stage: StageRecord, dataset: Any) -> None:
-        if dataset is None or (isinstance(dataset, datasets.Dataset) and is_given(dataset, stage)):
-            dataset = stage.rows() or dataset
-        self.position = self._positions(stage, dataset)
-        if isinstance(dataset, datasets.Dataset):
-            raw = stage.dataset["kind"] in ("text", "prompt_completion")
-            if raw and "input_ids" not in dataset.column_names:
-                dataset = prepare_rows(dataset, stage.record.processing_class(), stage.dataset["max_length"])
-            self._refuse_other_data(stage, dataset)
-        self.dataset = dataset
+    def __init__(self, stage: StageRecord, dataset: Any, data_collator: Any) -> None:
+        self.dataset, self.position = dataset, None
+        tokens = stage.dataset.get("stream") or is_stream(dataset) or isinstance(dataset, datasets.Dataset)
+        if dataset is None or tokens:
+            matched = match_rows(stage, dataset, stage.record.processing_class(), data_collator)
+            self.dataset = matched.dataset
+            self.position = {int(row): place for place, row in enumerate(matched.numbers)}
         self._cache: dict[int, dict[str, Any]] = {}
         self._tokens = 0
-
-    @staticmethod
-    def _refuse_other_data(stage: StageRecord, dataset: datasets.Dataset) -> None:
-        if content_fingerprint(dataset) != stage.dataset["fingerprint"]:
-            raise DataError(
-                f"The dataset ({len(dataset)} rows) is not the one that stage '{stage.name}' trained on "
-                f"({stage.num_rows} rows): token ids, labels or their order differ. Pass the rows as the trainer took "
-                "them, unshuffled and with the same tokenizer."
-            )
-
-    @staticmethod
-    def _positions(stage: StageRecord, dataset: Any) -> dict[int, int] | None:
-        numbers = None
-        if isinstance(dataset, datasets.Dataset) and ROW in dataset.column_names:
-            numbers = [int(row) for row in dataset.with_format(None)[ROW]]
-        elif stage.dataset["row_numbers"] == "column":
-            raise DataError(
-                f"Stage '{stage.name}' numbered its rows by the column `{ROW}`, which the dataset lacks. Pass the "
-                "dataset with that column."
-            )
-        return None if numbers is None else {row: position for position, row in enumerate(numbers)}
 
     def __call__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         wanted = [row for row in rows if row not in self._cache]

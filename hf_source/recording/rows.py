@@ -24,6 +24,10 @@ from ..data import ROW
 from ..errors import DataError, UnsupportedError
 
 
+# A stage's scores and weights are arrays over row numbers.
+LARGEST_NUMBER = 1 << 31
+
+
 class RowCollator:
     """Collates rows as `collator` does, and adds the row numbers as `batch["source_row"]` (int64 `[rows]`).
 
@@ -48,6 +52,9 @@ class RowDataset(torch.utils.data.Dataset):
 
     def __init__(self, dataset: Sequence[Mapping[str, Any]]) -> None:
         self.dataset = dataset
+        self.numbers = None
+        if isinstance(dataset, datasets.Dataset) and ROW in dataset.column_names:
+            self.numbers = with_row_numbers(dataset.with_format(None)).with_format("numpy")[ROW][:]
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -59,48 +66,47 @@ class RowDataset(torch.utils.data.Dataset):
                 f"Row {index} of the training set is a {type(row).__name__}, not a dictionary, so it cannot carry its "
                 "row number. Return dictionaries such as {'input_ids': ..., 'labels': ...}."
             )
-        return {**row, ROW: row.get(ROW, index)}
-
-
-def refuse_streams(dataset: Any) -> None:
-    """Raise for a dataset without a length or without row access.
-
-    Raises:
-        UnsupportedError: for an iterable dataset.
-    """
-    if isinstance(dataset, (torch.utils.data.IterableDataset, datasets.IterableDataset)) or not hasattr(
-        dataset, "__len__"
-    ):
-        raise UnsupportedError(
-            "An iterable dataset has no stable row numbers yet, so its rows cannot be recorded. Pass a map-style "
-            "dataset: load it without streaming=True, or collect the stream with Dataset.from_generator."
-        )
+        own = row.get(ROW, index) if self.numbers is None else int(self.numbers[index])
+        return {**row, ROW: own}
 
 
 def with_row_numbers(dataset: Any, num_rows: int | None = None) -> Any:
     """The dataset with a `source_row` column: its own if it has one, else 0, 1, 2, ...
 
     Args:
-        dataset: map-style dataset.
-        num_rows: exclusive upper bound of the numbers; default the dataset's length. It is larger than the length when
-            rows were filtered out after they were numbered.
+        dataset: map-style dataset; for streams see `streams.py`.
+        num_rows: exclusive upper bound of the numbers. They need not be 0, 1, 2, ...: rows may have been filtered out
+            since they were numbered.
 
     Raises:
-        DataError: if the dataset's own numbers are not unique whole numbers in `[0, num_rows)`.
-        UnsupportedError: for an iterable dataset.
+        DataError: if the dataset's own numbers are not different whole numbers in `[0, num_rows)`.
+        UnsupportedError: if the dataset has no length.
     """
-    refuse_streams(dataset)
-    if not isinstance(dataset, datasets.Dataset):
+    if not hasattr(dataset, "__len__"):
+        raise UnsupportedError(
+            f"A {type(dataset).__name__} has neither a length nor the interface of a stream, so its rows have no "
+            "numbers. Pass a map-style dataset, or make it a torch.utils.data.IterableDataset."
+        )
+    # What a transform returns need not hold the number, so it is added after it.
+    if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom":
         return dataset if isinstance(dataset, RowDataset) else RowDataset(dataset)
     if ROW not in dataset.column_names:
         return dataset.add_column(ROW, np.arange(len(dataset)))
-    bound = len(dataset) if num_rows is None else num_rows
-    rows = dataset.with_format("arrow")[ROW]
-    rows = np.asarray(rows.to_numpy() if hasattr(rows, "to_numpy") else rows[:].to_numpy())
+    rows = np.asarray(dataset.with_format("numpy")[ROW][:])
+    bound = LARGEST_NUMBER if num_rows is None else num_rows
     fine = np.issubdtype(rows.dtype, np.integer) and len(np.unique(rows)) == len(rows)
-    if not fine or (len(rows) and (rows.min() < 0 or rows.max() >= bound)):
+    if (not fine and len(rows)) or (len(rows) and (rows.min() < 0 or rows.max() >= bound)):
         raise DataError(
             f"The column `{ROW}` must hold a different whole number in [0, {bound}) for every row, since it says "
             f"which row is which. Remove it (`dataset.remove_columns('{ROW}')`) to have rows numbered by position."
         )
     return dataset
+
+
+def count_numbers(dataset: Any) -> int:
+    """One more than the largest number of a dataset's rows; with its own numbers, that may exceed its length."""
+    if isinstance(dataset, RowDataset):
+        numbers = dataset.numbers
+    else:
+        numbers = np.asarray(dataset.with_format("numpy")[ROW][:]) if len(dataset) else None
+    return max(len(dataset), 0 if numbers is None else int(numbers.max(initial=-1)) + 1)

@@ -41,6 +41,7 @@ from .recorder import StageRecorder
 from .segments import NoSums, SegmentAccumulator, plan_segments, scheduled_learning_rates
 from .sharding import is_sharded, whole_tensors
 from .stored_rows import write_rows
+from .streamed_rows import StreamRows
 from .warm import save_optimizer_state
 from .writer import RecordWriter
 
@@ -87,7 +88,9 @@ def start_recorder(
     sums_here = processes.is_main or any(map(is_sharded, parameters.values()))
     kind = SegmentAccumulator if sums_here else NoSums
     accumulator = kind(parameters, optimizer, description, options.record_averages_on_cpu)
-    recorder = StageRecorder(writer, accumulator, writer.stage["planned_segment_starts"], names, processes)
+    streamed = StreamRows(writer, options.record_rows, processes) if stage["dataset"]["stream"] else None
+    starts = writer.stage["planned_segment_starts"]
+    recorder = StageRecorder(writer, accumulator, starts, names, processes, streamed)
     if resume_folder is not None:
         recorder.go_back(resume_folder)
     return recorder
@@ -215,8 +218,7 @@ def _new_stage(
     stage["continues_parent"] = parent is not None and continues(model, parent, stage["model"]["prompt_learning"])
     stage["frozen"] = save_frozen(frozen, writer, parent, store=options.record_frozen_weights)
     save_model_files(trainer.model, writer)
-    if options.record_rows:
-        write_rows(trainer.train_dataset, writer)
+    write_rows(trainer.train_dataset, writer, store=options.record_rows)
     writer.add_tensors("initial.safetensors", {name: weights[name] for name in stage["trainable"]})
     writer.commit()
     save_tokenizer(trainer.processing_class, writer)
@@ -241,12 +243,18 @@ def _resumed_stage(options: RecordingOptions, now: Mapping[str, Any], resume_fol
             "former. Resume with the settings of the start, or train a new stage from the present weights."
         )
     for part, what in (("optimizer", "optimizer's constants"), ("dataset", "training set")):
-        if stage[part] != now[part]:
+        if _constant(stage[part]) != _constant(now[part]):
             raise RecordError(
                 f"The {what} changed since stage '{name}' was started. Resume with the settings and rows of the "
                 "start, or train a new stage from the present weights."
             )
     return RecordWriter(root, stage)
+
+
+def _constant(part: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what a stream only tells while it is read."""
+    grows = {"num_rows", "num_visited", "fingerprint"} if part.get("stream") else set()
+    return {"stream": False} | {key: value for key, value in part.items() if key not in grows}
 
 
 def refuse_existing_stage(options: RecordingOptions) -> None:

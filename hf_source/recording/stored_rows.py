@@ -13,12 +13,20 @@
 # limitations under the License.
 """The rows of a stage inside its record: attribution walks back through every stage and needs the rows of each."""
 
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import datasets
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from ..data import ROW, TRAINED_COLUMNS, dataset_digest
+from .rows import RowDataset
+from .streamed_rows import read_stream_rows
+from .streams import is_stream
 from .writer import RecordWriter, atomic_write
 
 
@@ -26,23 +34,40 @@ if TYPE_CHECKING:
     from .stage import StageRecord
 
 ROWS_FILE = "rows.parquet"
+_BATCH = 4096
 
 # What trains and what people read. Other columns stay with their owner.
 _COLUMNS = (*TRAINED_COLUMNS, "seq_lengths", "attention_mask", "text", "prompt", "completion", ROW)
 
 
-def write_rows(dataset: Any, writer: RecordWriter) -> None:
-    """Write the prepared rows to `<stage>/rows.parquet`; a dataset that is not a `datasets.Dataset` is left out."""
-    if not isinstance(dataset, datasets.Dataset):
+def write_rows(dataset: Any, writer: RecordWriter, store: bool = True) -> None:
+    """Write the prepared rows to `<stage>/rows.parquet`, or, where some were filtered out, at least their numbers.
+
+    Rows of streams are written as they come, see `streamed_rows.py`.
+
+    Args:
+        dataset: the training set, numbered.
+        writer: writer of the stage.
+        store: write the rows; else only the numbers of a filtered training set.
+    """
+    if is_stream(dataset):
         return
-    columns = [name for name in _COLUMNS if name in dataset.column_names]
-    rows = dataset.select_columns(columns).with_format("arrow")
+    if store and isinstance(dataset, RowDataset):
+        tables: Iterable[pa.Table] = _tables(dataset)
+    elif isinstance(dataset, datasets.Dataset):
+        columns = [name for name in _COLUMNS if name in dataset.column_names]
+        columns = columns if store else [ROW]
+        if not store and len(dataset) == writer.stage["dataset"]["num_rows"]:
+            return
+        tables = dataset.select_columns(columns).with_format("arrow").iter(batch_size=_BATCH)
+    else:
+        return
 
     def write(path: Any) -> None:
         file = None
-        for batch in rows.iter(batch_size=4096):
-            file = file or pq.ParquetWriter(path, batch.schema)
-            file.write_table(batch)
+        for table in tables:
+            file = file or pq.ParquetWriter(path, table.schema)
+            file.write_table(table.cast(file.schema))
         if file is not None:
             file.close()
 
@@ -50,13 +75,38 @@ def write_rows(dataset: Any, writer: RecordWriter) -> None:
     writer.list_file(ROWS_FILE)
 
 
+def _tables(dataset: RowDataset) -> Iterator[pa.Table]:
+    for start in range(0, len(dataset), _BATCH):
+        rows = [dataset[index] for index in range(start, min(start + _BATCH, len(dataset)))]
+        part = rows_dataset({name: row[name] for name in _COLUMNS if name in row} for row in rows)
+        yield part.data.table
+
+
+def trained_numbers(stage: "StageRecord") -> np.ndarray:
+    """Numbers of the rows in the training set, after what the Trainer filtered out: int64, in no order."""
+    if stage.dataset.get("stream"):
+        table = read_stream_rows(stage)
+        return np.zeros(0, dtype=np.int64) if table is None else table[ROW].to_numpy()
+    table = _read(stage, [ROW])
+    return np.arange(stage.num_rows) if table is None else table[ROW].to_numpy()
+
+
 def read_rows(stage: "StageRecord") -> datasets.Dataset | None:
     """The rows as they were trained on, with their numbers, or `None` if the record does not hold them."""
+    if stage.dataset.get("stream"):
+        table = read_stream_rows(stage)
+        stored = table is not None and "input_ids" in table.column_names
+        return datasets.Dataset(table.drop_columns(["hash", "step"])) if stored else None
+    table = _read(stage)
+    return None if table is None or table.column_names == [ROW] else datasets.Dataset(table)
+
+
+def _read(stage: "StageRecord", columns: list[str] | None = None) -> pa.Table | None:
     key = (stage.path / ROWS_FILE).relative_to(stage.record.path).as_posix()
     if key not in stage.data["files"]:
         return None
     stage.record.check_size(stage.data["files"], key)
-    return datasets.Dataset(pq.read_table(stage.path / ROWS_FILE, memory_map=True))
+    return pq.read_table(stage.path / ROWS_FILE, columns=columns, memory_map=True)
 
 
 def is_given(dataset: datasets.Dataset, stage: "StageRecord") -> bool:
@@ -65,3 +115,21 @@ def is_given(dataset: datasets.Dataset, stage: "StageRecord") -> bool:
     if given is None or not set(given["columns"]) <= set(dataset.column_names):
         return False
     return dataset_digest(dataset, given["columns"]) == given["digest"]
+
+
+def rows_dataset(rows: Iterable[Mapping[str, Any]]) -> datasets.Dataset:
+    """Rows from anywhere as a dataset in memory: numbers, texts, and lists of them; other columns are left out."""
+    tables, rows = [], iter(rows)
+    while batch := list(islice(rows, _BATCH)):
+        plain = [{name: _plain(value) for name, value in row.items()} for row in batch]
+        names = [name for name, value in plain[0].items() if value is not None]
+        tables.append(pa.table({name: pa.array([row.get(name) for row in plain]) for name in names}))
+    return datasets.Dataset(pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({}))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        value = value.tolist()
+    simple = (bool, int, float, str)
+    listed = isinstance(value, (list, tuple)) and all(isinstance(item, simple) for item in value)
+    return value if isinstance(value, simple) or listed else None

@@ -38,8 +38,9 @@ from .packing import packed_with_rows
 from .precision import clip_factor
 from .processes import Processes
 from .recorder import StageRecorder, read_sidecar
-from .rows import RowCollator, RowDataset, with_row_numbers
+from .rows import RowCollator, count_numbers, with_row_numbers
 from .start import refuse_existing_stage, restart_recorder, start_recorder
+from .streams import carries_numbers, column_names, is_stream, number_rows
 from .writer import RecordWriter
 
 
@@ -91,7 +92,7 @@ class RecordingMixin:
         self.num_train_rows = 0
         self.packing: str | None = None
         self.num_train_examples: int | None = None  # packed sequences
-        self.rows_were_numbered = False
+        self.rows_were_numbered = self._numbered = False
         self.given_dataset: datasets.Dataset | None = None
         # Before the parent sees the rows: it may filter or shuffle them.
         given = inspect.signature(super().__init__).bind_partial(*args, **kwargs)
@@ -105,13 +106,13 @@ class RecordingMixin:
     # ---- Rows carry their number ----
 
     def _number_rows(self, dataset: Any) -> Any:
-        if dataset is None or not hasattr(dataset, "__len__"):
-            return dataset  # refused when training starts; the trainer may serve for evaluation
-        if isinstance(dataset, datasets.Dataset):
-            self.rows_were_numbered = ROW in dataset.column_names
-            self.given_dataset = dataset
-        dataset = with_row_numbers(dataset)
-        self.num_train_rows = len(dataset)
+        if dataset is None:
+            return dataset
+        self.rows_were_numbered = ROW in column_names(dataset)
+        self.given_dataset = dataset if isinstance(dataset, datasets.Dataset) else None
+        dataset = number_rows(dataset)
+        self.num_train_rows = 0 if is_stream(dataset) else count_numbers(dataset)
+        self._numbered = True
         return dataset
 
     @staticmethod
@@ -159,7 +160,7 @@ class RecordingMixin:
             )
         if self._recorder is not None:  # None outside of train()
             items = self.count_items(inputs, len(rows))
-            self._recorder.add_micro_batch(rows, self._normalizer(inputs, num_items_in_batch, items), items)
+            self._recorder.add_micro_batch(rows, self._normalizer(inputs, num_items_in_batch, items), items, inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._recorder is not None and self.args.world_size == 1:
             self._recorder.note_first_loss(loss)
@@ -233,7 +234,7 @@ class RecordingMixin:
         found = processes.agree(lambda: self._find_checkpoint(options, resume_from_checkpoint), main_only=True)
         self._resume_folder = None if found is None else Path(found)
         if found is not None:
-            warn_about_resuming(self)
+            warn_about_resuming(self, self._resume_folder)
         processes.agree(self._number_rows_again)
         with contextlib.ExitStack() as stack:
             lock = writing(Path(options.record_dir))
@@ -257,17 +258,18 @@ class RecordingMixin:
     def _number_rows_again(self) -> None:
         """The training set may have been replaced after the trainer was made, or filtered by the parent class."""
         dataset = self.train_dataset
-        known = isinstance(dataset, RowDataset) or ROW in getattr(dataset, "column_names", [])
-        if known and self.num_train_rows:
-            with_row_numbers(dataset, self.num_train_examples or self.num_train_rows)  # only checks
-        elif dataset is not None:
-            if self.num_train_rows:
+        if dataset is None:
+            return
+        if self._numbered and carries_numbers(dataset):
+            if not is_stream(dataset):
+                with_row_numbers(dataset, self.num_train_examples or self.num_train_rows)  # only checks
+        else:
+            if self._numbered:
                 logger.warning(
                     "The training set is not the one the trainer was given: it was replaced, or prepared in a way "
                     "that dropped row numbers (packing does). Rows are numbered by their position in "
                     "trainer.train_dataset."
                 )
-            self.rows_were_numbered, self.given_dataset = False, None
             self.packing = self.num_train_examples = None
             self.train_dataset = self._number_rows(dataset)
 
@@ -359,7 +361,7 @@ class SourceTrainer(RecordingMixin, Trainer):
             self.data_collator = RowCollator(CausalLMCollator(processing_class))
         # A collator of one's own may read columns that we cannot.
         strict = data_collator is None
-        if isinstance(self.train_dataset, datasets.Dataset):
+        if isinstance(self.train_dataset, _DATASETS):
             self.train_rows_kind = _kind(self.train_dataset, strict)
         self.train_dataset = self._prepared(self.train_dataset, strict)
         if isinstance(self.eval_dataset, dict):
@@ -368,17 +370,20 @@ class SourceTrainer(RecordingMixin, Trainer):
             self.eval_dataset = self._prepared(self.eval_dataset, strict)
 
     def _prepared(self, dataset: Any, strict: bool) -> Any:
-        if not isinstance(dataset, datasets.Dataset) or _kind(dataset, strict) == "custom":
+        if not isinstance(dataset, _DATASETS) or _kind(dataset, strict) == "custom":
             return dataset
         dataset = prepare_rows(dataset, self.processing_class, getattr(self.args, "max_length", None))
-        if strict:  # a collator of one's own may cut rows
+        if strict and not is_stream(dataset):  # a collator of one's own may cut rows
             refuse_long_rows(dataset, context_length(self.model))
         return dataset
 
 
-def _kind(dataset: datasets.Dataset, strict: bool) -> str:
+_DATASETS = (datasets.Dataset, datasets.IterableDataset)
+
+
+def _kind(dataset: datasets.Dataset | datasets.IterableDataset, strict: bool) -> str:
     try:
-        return dataset_kind(dataset.column_names)
+        return dataset_kind(column_names(dataset))
     except DataError:
         if strict:
             raise

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from cases import byte_tokenizer, config, distance, random_rows, tiny_gpt2, tiny_llama, train
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
 from hf_source.data import ROW, CausalLMCollator
@@ -113,10 +113,10 @@ def test_own_row_numbers_are_kept(tmp_path):
         replay(stage, dataset.remove_columns(ROW), model=other)
 
 
-@pytest.mark.parametrize("numbers", [[0, 1, 1], [1, 2, 3], [-1, 0, 1], [0.0, 1.0, 2.0]])
+@pytest.mark.parametrize("numbers", [[0, 1, 1], [0, 1, 1 << 31], [-1, 0, 1], [0.0, 1.0, 2.0]])
 def test_impossible_row_numbers_are_refused(numbers):
     dataset = Dataset.from_dict({"input_ids": [[1, 2]] * 3, ROW: numbers})
-    with pytest.raises(DataError, match=r"different whole number in \[0, 3\).*remove_columns"):
+    with pytest.raises(DataError, match=r"different whole number in \[0, 2147483648\).*remove_columns"):
         with_row_numbers(dataset)
 
 
@@ -290,13 +290,6 @@ def test_refused_at_the_start(tmp_path, make, settings, trainer, message):
         train(tmp_path, model, trainer=trainer, **settings)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert not (tmp_path / "record").exists()
-
-
-def test_streams_are_refused(tmp_path):
-    rows = random_rows().to_iterable_dataset()
-    assert isinstance(rows, IterableDataset)
-    with pytest.raises(UnsupportedError, match="without streaming=True"):
-        train(tmp_path, tiny_llama(), rows, max_steps=3)
 
 
 @pytest.mark.parametrize(
