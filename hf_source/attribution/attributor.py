@@ -31,6 +31,7 @@ from ..errors import ConfigError, DataError, UnsupportedError
 from ..gradients import CausalLMTask, RowGradients, RowLossTask, Seq2SeqTask, Task, is_known, task_for
 from ..outputs.columns import add_score_columns, check_names, top_table
 from ..recording import StageRecord, TrainingRecord
+from ..recording.quantized import keep_differentiable
 from ..source import WalkSettings
 from .methods import METHODS, NEED_NO_TASK, make_curvature
 from .plan import Plan, make_plan
@@ -187,6 +188,7 @@ class SourceAttributor:
         else:
             model = self._make_model(stage)
             stage.load_weights(model, "final")
+            keep_differentiable(model)
         return model.to(self.device, self.dtype).eval()
 
     @property

@@ -23,6 +23,7 @@ import transformers
 from accelerate import init_empty_weights
 
 from ..errors import RecordError, UnsupportedError
+from .quantized import fill_quantized, place_quantized
 
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def build_model(stage: "StageRecord", dtype: torch.dtype | None = None) -> torch
     with init_empty_weights(include_buffers=False):
         model = _empty_model(stage)
     model.tie_weights()
+    place_quantized(model, stage.model.get("quantized", {}))
     if stage.model["peft"]:
         model = _with_empty_adapter(model, stage)
     tensors = _all_weights(stage)
@@ -76,7 +78,8 @@ def _all_weights(stage: "StageRecord") -> dict[str, torch.Tensor]:
     if where == "omitted":
         raise RecordError(
             f"Stage '{stage.name}' was recorded with record_frozen_weights=False, so the model cannot be rebuilt from "
-            "the record alone. Pass `model=` (the trained model), or record with record_frozen_weights=True."
+            f"the record alone{_base(stage)}. Pass `model=` (the trained model), or record with "
+            "record_frozen_weights=True."
         )
     if where == "stored":
         tensors |= stage.tensors("frozen.safetensors")
@@ -84,6 +87,12 @@ def _all_weights(stage: "StageRecord") -> dict[str, torch.Tensor]:
         with stage.record.stage(stage.parent).end_weights() as known:
             tensors |= {name: known[stage.canonical_name(name)] for name in stage.frozen}
     return tensors
+
+
+def _base(stage: "StageRecord") -> str:
+    """Where the weights that are missing came from."""
+    base = stage.model.get("base")
+    return f" (its base was loaded from {base!r})" if base else ""
 
 
 def _fill(
@@ -104,7 +113,10 @@ def _fill(
             f"of the run ({stage.record.data['library_versions'].get('transformers')}), or pass `model=`."
         )
     trained = set(stage.trainable)
+    done = fill_quantized(model, tensors)
     for name, parameter in parameters.items():
+        if name in done:
+            continue
         wanted = dtype or getattr(torch, stage.tensor_info[name]["dtype"])
         filled = torch.nn.Parameter(tensors[name].to(wanted), requires_grad=name in trained)
         for module, attribute in places[parameter]:

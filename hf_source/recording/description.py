@@ -29,6 +29,7 @@ from .losses import describe_loss
 from .models import is_prompt_learning, num_virtual_tokens, plain_model
 from .names import canonical_name, named_parameters, unwrapped_name
 from .optimizers import OptimizerDescription
+from .quantized import describe_quantized, quantization_state
 from .rows import RowDataset
 from .sharding import class_of
 from .stage import StageRecord
@@ -136,6 +137,8 @@ def _describe_model(model: torch.nn.Module) -> dict[str, Any]:
         "adapter_name": adapters[0] if adapters else None,
         "prompt_learning": is_prompt_learning(model),
         "virtual_tokens": num_virtual_tokens(model),
+        "quantized": describe_quantized(model, is_prompt_learning(model)),
+        "base": str(getattr(getattr(plain, "config", None), "_name_or_path", "") or ""),
         "has_config": hasattr(plain, "config") and hasattr(plain.config, "save_pretrained"),
     }
 
@@ -158,11 +161,11 @@ def save_model_files(model: torch.nn.Module, writer: RecordWriter) -> None:
 
 
 def frozen_tensors(model: torch.nn.Module, trained: set[str]) -> dict[str, torch.Tensor]:
-    """Parameters that do not train, and buffers that belong to the saved state."""
+    """Parameters that do not train, buffers that belong to the saved state, and what quantised weights need."""
     frozen = {name: p.detach() for name, p in named_parameters(model) if name not in trained}
     saved = {unwrapped_name(name) for name in model.state_dict()}
     buffers = {unwrapped_name(name): buffer for name, buffer in model.named_buffers()}
-    return frozen | {name: buffer for name, buffer in buffers.items() if name in saved}
+    return frozen | {name: buffer for name, buffer in buffers.items() if name in saved} | quantization_state(model)
 
 
 def save_frozen(

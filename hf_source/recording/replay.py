@@ -87,7 +87,7 @@ def replay(
     optimizer = build_optimizer(description, trained)
     if stage.training.get("fused_optimizer"):  # it rounds otherwise than the loop does, which shows in bfloat16
         for group in optimizer.param_groups:
-            group["fused"] = True
+            group |= {"fused": True} if "fused" in group else {}
     load_optimizer_state(stage, optimizer, trained)
     steps = stage.steps()
     model.train()

@@ -113,7 +113,12 @@ def wanted_parameters(model: nn.Module, stages: Sequence[StageRecord]) -> dict[s
 
     Weights frozen in this stage but trained before carry influence through it, so they are wanted too.
     """
-    trained = {stage.canonical_name(name) for stage in stages for name in stage.trainable}
+    linked = []  # stages that weights were handed on from
+    for stage in reversed(stages):
+        linked.append(stage)
+        if not stage.continues_parent:
+            break
+    trained = {stage.canonical_name(name) for stage in linked for name in stage.trainable}
     own, last = set(stages[-1].trainable), stages[-1]
     return {
         name: last.canonical_name(name)

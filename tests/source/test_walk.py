@@ -29,6 +29,7 @@ from torch import nn
 from hf_source.curvature import ExactCurvature, IdentityCurvature, JointCurvature
 from hf_source.errors import UnsupportedError
 from hf_source.gradients import CausalLMTask
+from hf_source.recording import canonical_name
 from hf_source.source import WalkSettings, walk, wanted_parameters
 
 
@@ -83,6 +84,10 @@ class FakeStage:
     @property
     def num_rows(self) -> int:
         return len(self.batch["labels"])
+
+    @staticmethod
+    def canonical_name(name: str) -> str:
+        return canonical_name(name)
 
     def load_weights(self, model: nn.Module, which: str | int) -> None:
         source = self.final if which == "final" else self.segments[which].weights_at
