@@ -39,7 +39,8 @@ Stacked = dict[str, torch.Tensor]
 class StackedOptimizer:
     """The recorded optimizer on stacked parameters `[copies, *shape]`.
 
-    Where every entry is updated by itself (SGD, Adam, ...) the optimizer takes the stack as it is.
+    Where every entry is updated by itself (SGD, Adam, ...) one optimizer takes the stack as it is; where entries work
+    together (Adafactor, Muon, 8-bit states) every copy has its own.
 
     Args:
         description: the recorded optimizer.
@@ -47,16 +48,22 @@ class StackedOptimizer:
     """
 
     def __init__(self, description: OptimizerDescription, parameters: Stacked) -> None:
-        self.parameters = {name: torch.nn.Parameter(stack, requires_grad=False) for name, stack in parameters.items()}
-        self.optimizer = build_optimizer(description, self.parameters)
+        entrywise = all(group.how.entrywise for group in description.groups)
+        copies = [slice(None)] if entrywise else range(len(next(iter(parameters.values()))))
+        self.copies = [
+            (copy, {name: torch.nn.Parameter(stack[copy], requires_grad=False) for name, stack in parameters.items()})
+            for copy in copies
+        ]
+        self.optimizers = [build_optimizer(description, own) for _, own in self.copies]
 
     def step(self, gradients: Stacked, learning_rates: Sequence[float]) -> None:
         """One update; `learning_rates` holds one per group."""
-        for name, parameter in self.parameters.items():
-            parameter.grad = gradients.get(name)
-        for group, rate in zip(self.optimizer.param_groups, learning_rates, strict=True):
-            group["lr"] = rate
-        self.optimizer.step()
+        for (copy, own), optimizer in zip(self.copies, self.optimizers, strict=True):
+            for name, parameter in own.items():
+                parameter.grad = gradients[name][copy] if name in gradients else None
+            for group, rate in zip(optimizer.param_groups, learning_rates, strict=True):
+                group["lr"] = rate
+            optimizer.step()
 
 
 def retrain(

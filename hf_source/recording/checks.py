@@ -46,6 +46,7 @@ def refuse_unsupported(trainer: Any) -> None:
             "fp16 (or fp8) training scales losses and skips steps, which recording cannot follow yet. Use bf16=True, "
             "or float32."
         )
+    refuse_moving_momentum(trainer.lr_scheduler)
     _refuse_compiled(trainer.model)
     _refuse_adapters(trainer.model)
     _refuse_batch_norm(trainer.model)
@@ -53,6 +54,20 @@ def refuse_unsupported(trainer: Any) -> None:
         with trainer.accelerator.autocast():
             refuse_leaks(trainer.model, trainer.args.device)
     warn_about_noise(trainer)
+
+
+def refuse_moving_momentum(scheduler: Any) -> None:
+    """Refuse schedules that change more than the learning rate.
+
+    Raises:
+        UnsupportedError: for `OneCycleLR` and `CyclicLR` with `cycle_momentum=True`, which is their default.
+    """
+    for one in (scheduler, *getattr(scheduler, "_schedulers", ())):
+        if getattr(one, "cycle_momentum", False):
+            raise UnsupportedError(
+                f"{type(one).__name__} changes the momentum (betas) during training, which a record holds once per "
+                f"stage. Set {type(one).__name__}(cycle_momentum=False)."
+            )
 
 
 def warn_about_resuming(trainer: Any, folder: Path) -> None:

@@ -35,6 +35,7 @@ class RecordingOptions:
     num_segments: int = 3
     segment_boundaries: tuple[int, ...] | tuple[float, ...] | None = None
     record_averages_on_cpu: bool = False
+    record_gradient_mean: bool = False
     record_frozen_weights: bool = True
     record_rows: bool = True
     max_length: int | None = None
@@ -109,6 +110,11 @@ class SourceConfig(TrainingArguments):
             of the summed learning rate (`[0.5, 0.8]`). Overrides `num_segments`.
         record_averages_on_cpu (`bool`, defaults to `False`):
             Keep the two running averages (each the size of the trainable parameters) in CPU memory. Slower.
+        record_gradient_mean (`bool`, defaults to `False`):
+            Store a third average, the learning-rate-weighted mean of the (clipped, normalised) gradients of each
+            segment: what a removed row does to Adam's second moment, `d v_k = -2 (1 - beta2) sum over j of
+            beta2^(k - j) g_j * delta g_j`, needs the gradient over a long horizon. Costs a third copy of the trainable
+            parameters.
         record_frozen_weights (`bool`, defaults to `True`):
             Store parameters that do not train, unless the stage before ended with the same ones. Without them the
             model cannot be rebuilt from the record alone.
@@ -131,6 +137,7 @@ class SourceConfig(TrainingArguments):
         default=None, metadata={"help": "Own cuts: optimizer steps, or shares of the summed learning rate."}
     )
     record_averages_on_cpu: bool = field(default=False, metadata={"help": "Keep running averages in CPU memory."})
+    record_gradient_mean: bool = field(default=False, metadata={"help": "Store the mean gradient of segments too."})
     record_frozen_weights: bool = field(default=True, metadata={"help": "Store parameters that do not train."})
     record_rows: bool = field(default=True, metadata={"help": "Store the rows in the record."})
     max_length: int | None = field(default=None, metadata={"help": "Cut rows of raw text to this many tokens."})

@@ -109,9 +109,14 @@ class StageRecorder:
     def before_update(
         self, learning_rates: Sequence[float], grad_norm: float, clip_factor: float, epoch: float
     ) -> None:
-        """Gradients are complete, weights not yet updated."""
+        """Gradients are complete, weights not yet updated.
+
+        Raises:
+            UnsupportedError: if a constant of the optimizer is not what it was.
+        """
         changes = self.writer.stage.setdefault("trainable_changes", [])
         note_frozen(changes, self.step, self._watch.without_update(self.step))
+        self._refuse_changed_constants()
         self._running = {
             "step": self.step,
             "epoch": epoch,
@@ -143,7 +148,6 @@ class StageRecorder:
 
     def flush(self) -> None:
         """Write the complete steps that are still in memory."""
-        self.processes.agree(self._refuse_changed_constants)
         for step in self._steps:
             step["micro_batches"] = [
                 {
@@ -241,10 +245,13 @@ class StageRecorder:
         parameters, scale = (
             whole_tensors(tensors, keep=self.processes.is_main) for tensors in self.accumulator.close()
         )
+        gradients = whole_tensors(self.accumulator.close_gradient_mean(), keep=self.processes.is_main)
 
         def write() -> None:
             self.writer.add_tensors(f"segments/{index}/parameters.safetensors", parameters)
             self.writer.add_tensors(f"segments/{index}/preconditioner.safetensors", scale)
+            if gradients:
+                self.writer.add_tensors(f"segments/{index}/gradient_mean.safetensors", gradients)
 
         self.processes.agree(write, main_only=True)
         self.writer.stage["segments"].append({"first_step": self._segment_start, "end_step": self.step, **scalars})

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..errors import ConfigError, UnsupportedError
+from ..errors import ConfigError, RecordError
 from .optimizers import GroupDescription, InverseRootRule, OptimizerDescription
 from .sharding import as_sharded, is_sharded, local, part_of
 
@@ -103,13 +103,14 @@ def plan_segments(
 
 
 class SegmentAccumulator:
-    """Sums `eta c theta` and `eta_g c P` over the steps of the running segment.
+    """Sums `eta c theta` and `eta_g c P` over the steps of the running segment, and, if asked for, `eta c g`.
 
     Args:
         parameters: trainable parameters by name.
         optimizer: the torch optimizer that trains them.
         description: its description; says which group a parameter is in.
         on_cpu: keep the sums in CPU memory.
+        gradient_mean: sum up `eta c g` too, the gradients as the optimizer gets them.
 
     The sums are float32 for half-precision parameters (a bfloat16 sum stops growing after a few hundred steps) and of
     the parameters' dtype otherwise. Of sharded parameters (FSDP2) each process sums its own shard.
@@ -121,17 +122,18 @@ class SegmentAccumulator:
         optimizer: torch.optim.Optimizer,
         description: OptimizerDescription,
         on_cpu: bool = False,
+        gradient_mean: bool = False,
     ) -> None:
         self.parameters = dict(parameters)
         self.optimizer = optimizer
         self.description = description
         self.device = torch.device("cpu") if on_cpu else None
         self.group_of = {name: g for g, group in enumerate(description.groups) for name in group.parameters}
-        self._refuse_parts_of_matrices()
         self.theta = {name: self._zeros(p) for name, p in self.parameters.items()}
         self.sides = {n: self._group(n).how.side(p.shape) for n, p in self.parameters.items()}
         self.sides = {name: side for name, side in self.sides.items() if side is not None}
         self.scale = {n: self._zeros_of_scale(n) for n in self.parameters if not self._group(n).how.scalar}
+        self.gradients = {name: self._zeros(p) for name, p in self.parameters.items()} if gradient_mean else {}
         # Read once: with fused optimizers on a GPU the counter lives there, and reading it at every step would wait.
         self._updates = {name: self._updates_made(name) for name in self.scale}
         self._bins = list(self._make_bins())
@@ -151,12 +153,13 @@ class SegmentAccumulator:
         # By name, where not every update is looked at: the weight of all updates, and of those looked at.
         self.sampled_weights: dict[str, list[float]] = {}
         self.missed_learning_rates: dict[str, list[float]] = {}
-        for tensor in (*self.theta.values(), *self.scale.values()):
+        for tensor in (*self.theta.values(), *self.scale.values(), *self.gradients.values()):
             tensor.zero_()
 
     @torch.no_grad()
     def before_update(self, learning_rate: float, clip_factor: float) -> None:
-        """Add the weights at which this step's gradients were taken."""
+        """Add the weights at which this step's gradients were taken, and the (clipped) gradients."""
+        self._add_gradients(learning_rate if clip_factor >= 0 else -learning_rate)
         weight = learning_rate * clip_factor
         if weight == 0:
             return
@@ -169,6 +172,15 @@ class SegmentAccumulator:
             rate = float(self.optimizer.param_groups[self.group_of[name]]["lr"] or 0.0)
             state = self.optimizer.state.get(parameter, {})
             self._before[name] = self._group(name).how.before_update(parameter, state, rate)
+
+    def _add_gradients(self, weight: float) -> None:
+        names = [name for name in self.gradients if self.parameters[name].grad is not None]
+        if names and weight != 0:
+            sums = [self.gradients[name] for name in names]
+            values = [local(self.parameters[name].grad) for name in names]
+            torch._foreach_add_(
+                sums, [value.to(total) for value, total in zip(values, sums, strict=True)], alpha=weight
+            )
 
     @torch.no_grad()
     def after_update(
@@ -278,6 +290,13 @@ class SegmentAccumulator:
         scale = {name: self.scale.get(name, self._scalar(name, total)) for name in self.theta}
         return self._as_parameters(self.theta), self._as_parameters(scale)
 
+    @torch.no_grad()
+    def close_gradient_mean(self) -> dict[str, torch.Tensor]:
+        """Turn the sum of the gradients into their average, in place; empty if it was not asked for."""
+        if self.gradients and self.learning_rate_sum:
+            torch._foreach_div_(list(self.gradients.values()), self.learning_rate_sum)
+        return self._as_parameters(self.gradients)
+
     def _as_parameters(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Sums of a sharded parameter's shards, as tensors that know of the other processes' shards."""
         return {name: as_sharded(tensor, self.parameters[name]) for name, tensor in tensors.items()}
@@ -305,6 +324,7 @@ class SegmentAccumulator:
         """Tensors and scalars that continue this segment elsewhere (see `load_state`)."""
         tensors = {f"parameters/{name}": value for name, value in self._as_parameters(self.theta).items()}
         tensors |= {f"preconditioner/{name}": value for name, value in self._as_parameters(self.scale).items()}
+        tensors |= {f"gradient_mean/{name}": value for name, value in self._as_parameters(self.gradients).items()}
         if not self._sampled:
             return tensors, self.scalars()
         # Muon does not count its updates.
@@ -312,8 +332,18 @@ class SegmentAccumulator:
         return tensors, self.scalars() | {"sampled_weights": copy.deepcopy(self.sampled_weights), "updates": updates}
 
     def load_state(self, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]) -> None:
-        """Continue a segment from `state`. Of sharded parameters, the first process gives whole tensors to all."""
-        for prefix, sums in (("parameters", self.theta), ("preconditioner", self.scale)):
+        """Continue a segment from `state`. Of sharded parameters, the first process gives whole tensors to all.
+
+        Raises:
+            RecordError: if the gradients were not summed up until then.
+        """
+        if self.gradients and tensors and not any(name.startswith("gradient_mean/") for name in tensors):
+            raise RecordError(
+                "The checkpoint was saved with record_gradient_mean=False, so the mean gradient of its segment is not "
+                "known. Resume with record_gradient_mean=False."
+            )
+        sums_by_prefix = {"parameters": self.theta, "preconditioner": self.scale, "gradient_mean": self.gradients}
+        for prefix, sums in sums_by_prefix.items():
             for name, value in sums.items():
                 whole, parameter = tensors.get(f"{prefix}/{name}"), self.parameters[name]
                 value.copy_(part_of(whole, value.dtype, parameter) if is_sharded(parameter) else whole)
@@ -330,17 +360,6 @@ class SegmentAccumulator:
         if not is_sharded(self.parameters[name]):
             return state
         return {key: local(value) if isinstance(value, torch.Tensor) else value for key, value in state.items()}
-
-    def _refuse_parts_of_matrices(self) -> None:
-        for name, parameter in self.parameters.items():
-            rule = self._group(name).how
-            by_entry = rule.scalar or (isinstance(rule, InverseRootRule) and not rule.notes)
-            if is_sharded(parameter) and not by_entry:
-                raise UnsupportedError(
-                    f"{self._group(name).rule} on parameters that are shared out between processes (FSDP) cannot be "
-                    f"recorded: the preconditioner of `{name}` needs the whole of it. Use DDP, or an optimizer that "
-                    "treats every entry by itself, such as optim='adamw_torch'."
-                )
 
     def _zeros_of_scale(self, name: str) -> torch.Tensor:
         if name not in self.sides:
@@ -386,6 +405,7 @@ class NoSums(SegmentAccumulator):
         optimizer: torch.optim.Optimizer,
         description: OptimizerDescription,
         on_cpu: bool = False,
+        gradient_mean: bool = False,
     ) -> None:
         nothing = replace(description, groups=[replace(group, parameters=[]) for group in description.groups])
         super().__init__({}, optimizer, nothing, on_cpu)
@@ -397,6 +417,10 @@ class NoSums(SegmentAccumulator):
     def close(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """No tensors."""
         return {}, {}
+
+    def close_gradient_mean(self) -> dict[str, torch.Tensor]:
+        """No tensors."""
+        return {}
 
 
 def _piece(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:

@@ -81,6 +81,22 @@ class SegmentRecord:
         """
         return self.stage.tensors(f"segments/{self.index}/preconditioner.safetensors")
 
+    def gradient_mean(self) -> dict[str, torch.Tensor]:
+        """Mean gradient `sum of eta_k g_k / sum of eta_k` by name, `g_k` as the optimizer got it: clipped, normalised.
+
+        It is for the response of Adam's second moment to a row that is removed (see `SourceConfig`).
+
+        Raises:
+            RecordError: if the run was not recorded with `record_gradient_mean=True`.
+        """
+        name = f"segments/{self.index}/gradient_mean.safetensors"
+        if f"{stage_folder(self.stage.index, self.stage.name)}/{name}" not in self.stage.data["files"]:
+            raise RecordError(
+                f"Stage '{self.stage.name}' was recorded without mean gradients. Train it with "
+                "SourceConfig(record_gradient_mean=True)."
+            )
+        return self.stage.tensors(name)
+
     def decay(self) -> dict[str, torch.Tensor]:
         """Weight decay `Lambda` by name, such that `s Lambda` is the fraction of a weight that the segment decays.
 

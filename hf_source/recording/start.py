@@ -22,6 +22,7 @@ from accelerate.logging import get_logger
 
 from ..errors import RecordError, UnsupportedError
 from .checkpoints import check_history
+from .checks import refuse_moving_momentum
 from .config import RecordingOptions
 from .description import (
     continues,
@@ -48,9 +49,6 @@ from .writer import RecordWriter
 
 logger = get_logger(__name__)
 
-SHARDED_OPTIMIZERS = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad")
-"""Optimizers that update each entry of a tensor by itself."""
-
 
 def start_recorder(
     trainer: Any, options: RecordingOptions, resume_folder: Path | None, processes: Processes
@@ -67,6 +65,7 @@ def start_recorder(
         UnsupportedError: if the optimizer cannot be described.
         RecordError: if the checkpoint does not continue a stage of this record.
     """
+    processes.agree(lambda: refuse_moving_momentum(trainer.lr_scheduler))
     names = recorded_names(trainer.model)
     optimizer = unwrap_optimizer(trainer.optimizer)
     description, stage = processes.agree(lambda: _describe(trainer, options, names, resume_folder is not None))
@@ -87,7 +86,9 @@ def start_recorder(
     # Unless they are sharded, every process has the same weights and optimizer, so one keeps the sums.
     sums_here = processes.is_main or any(map(is_sharded, parameters.values()))
     kind = SegmentAccumulator if sums_here else NoSums
-    accumulator = kind(parameters, optimizer, description, options.record_averages_on_cpu)
+    accumulator = kind(
+        parameters, optimizer, description, options.record_averages_on_cpu, options.record_gradient_mean
+    )
     streamed = StreamRows(writer, options.record_rows, processes) if stage["dataset"]["stream"] else None
     starts = writer.stage["planned_segment_starts"]
     recorder = StageRecorder(writer, accumulator, starts, names, processes, streamed)
@@ -111,11 +112,12 @@ def _describe(
 
 
 def _refuse_sharded(description: OptimizerDescription, has_moments: bool) -> None:
-    if description.name not in SHARDED_OPTIMIZERS:
-        raise UnsupportedError(
-            f"{description.name} is not known to update each entry of a tensor by itself, so it cannot be recorded "
-            f"where each process has a part. With FSDP use one of {', '.join(SHARDED_OPTIMIZERS)}."
-        )
+    for group in description.groups:
+        if not group.how.entrywise:
+            raise UnsupportedError(
+                f"{group.rule} is not known to update each entry of a tensor by itself, so it cannot be recorded "
+                "where each process has a part. With FSDP use one of SGD, Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad."
+            )
     if has_moments:
         raise UnsupportedError(
             "The optimizer carries moments from earlier training, sharded over the processes, which recording cannot "

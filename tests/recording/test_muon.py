@@ -250,10 +250,9 @@ def test_what_cannot_be_combined():
         CombinedOptimizer(Muon([first]), bnb.optim.AdamW([second]))
 
 
-def test_parts_of_a_matrix_are_refused(monkeypatch):
+def test_parts_of_a_matrix_are_refused(tmp_path, monkeypatch):
     """Under FSDP a process has some rows of it only."""
-    parameters = weights((4, 4))
-    optimizer = Muon(parameters)
-    monkeypatch.setattr("hf_source.recording.segments.is_sharded", lambda parameter: True)
-    with pytest.raises(UnsupportedError, match="Muon on parameters that are shared out .* the whole of it. Use DDP"):
-        SegmentAccumulator({"a": parameters[0]}, optimizer, describe(optimizer, parameters))
+    model = tiny_llama()
+    monkeypatch.setattr("hf_source.recording.start.is_sharded", lambda parameter: True)
+    with pytest.raises(UnsupportedError, match="Muon is not known to .* With FSDP use one of SGD, Adam"):
+        train(tmp_path, model, trainer={"optimizers": (combined(model), None)})

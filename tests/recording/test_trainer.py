@@ -369,10 +369,31 @@ def test_constants_that_change_during_training_stop_it(tmp_path):
 
     class Change(TrainerCallback):
         def on_step_end(self, args, state, control, optimizer, **kwargs):
-            optimizer.param_groups[0]["weight_decay"] = 0.5
+            if state.global_step == 3:
+                optimizer.param_groups[0]["weight_decay"] = 0.5
 
-    with pytest.raises(UnsupportedError, match="changed during training"):
+    with pytest.raises(UnsupportedError, match="changed during training, before step 3"):
         train(tmp_path, tiny_llama(), trainer={"callbacks": [Change()]})
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_a_schedule_that_moves_the_momentum_is_refused_before_anything_is_made(tmp_path, chained):
+    from torch.optim.lr_scheduler import ChainedScheduler, OneCycleLR
+
+    def scheduler(optimizer, **settings):
+        cycle = OneCycleLR(optimizer, max_lr=0.01, total_steps=20, **settings)
+        return ChainedScheduler([cycle]) if chained else cycle
+
+    model = tiny_llama()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(
+        UnsupportedError, match=r"OneCycleLR changes the momentum .* OneCycleLR\(cycle_momentum=False\)"
+    ):
+        train(tmp_path, model, trainer={"optimizers": (optimizer, scheduler(optimizer))})
+    assert not (tmp_path / "record").exists()
+    optimizer = torch.optim.AdamW(model.parameters())
+    _, record = train(tmp_path, model, trainer={"optimizers": (optimizer, scheduler(optimizer, cycle_momentum=False))})
+    assert record.stage().status == "complete"
 
 
 def test_no_trainable_parameter(tmp_path):

@@ -42,6 +42,7 @@ class AdafactorRule(Rule):
     kinds: ClassVar[Mapping[str, str]] = {"Adafactor": "torch.optim.Adafactor"}
     constants: ClassVar[Mapping[str, Any]] = {"beta2_decay": -0.8, "eps": [None, 1e-3], "d": 1.0}
     notes: ClassVar[bool] = True
+    entrywise: ClassVar[bool] = False
 
     def decoupled(self, name, group):
         """See `Rule.decoupled`."""
@@ -87,6 +88,7 @@ class TransformersAdafactorRule(Rule):
         "warmup_init": False,
     }
     buffers_steps: ClassVar[bool] = True
+    entrywise: ClassVar[bool] = False
 
     def describe(self, name, optimizer, group, names):
         """See `Rule.describe`."""

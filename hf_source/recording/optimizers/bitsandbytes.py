@@ -47,6 +47,7 @@ class BitsAndBytes:
     family: ClassVar[str]
     moment: ClassVar[str] = "1"  # number of the state that is the second moment
     notes: ClassVar[bool] = True
+    entrywise: ClassVar[bool] = False
     required: ClassVar[Mapping[str, Any]] = {}  # arguments of the constructor; the groups' own values count
 
     def describe(self, name, optimizer, group, names):

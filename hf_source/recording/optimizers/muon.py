@@ -53,6 +53,7 @@ class MuonRule(Rule):
         "eps": 1e-7,
         "adjust_lr_fn": None,
     }
+    entrywise: ClassVar[bool] = False
     every: ClassVar[int] = 8
 
     def describe(self, name, optimizer, group, names):

@@ -61,6 +61,7 @@ class Rule:
         scalar: `P` is one number for the whole training, `scalar_preconditioner`; nothing need be accumulated.
         buffers_steps: momentum gathers `P_k g_k` of each step (RMSprop) rather than gradients.
         notes: `before_update` has something to say.
+        entrywise: every entry is updated by itself, whatever the others are.
         every: averages take `P` of every so-many-th update, to stand for those around it.
     """
 
@@ -73,6 +74,7 @@ class Rule:
     scalar: ClassVar[bool] = False
     buffers_steps: ClassVar[bool] = False
     notes: ClassVar[bool] = False
+    entrywise: ClassVar[bool] = True
     every: ClassVar[int] = 1
 
     def describe(
