@@ -30,7 +30,6 @@ from .models import is_prompt_learning, num_virtual_tokens, plain_model
 from .names import canonical_name, named_parameters, unwrapped_name
 from .optimizers import OptimizerDescription
 from .quantized import describe_quantized, quantization_state
-from .rows import RowDataset
 from .sharding import class_of
 from .stage import StageRecord
 from .streams import column_names, is_stream
@@ -99,9 +98,8 @@ def _describe_dataset(trainer: Any, options: RecordingOptions) -> dict[str, Any]
     dataset = trainer.train_dataset
     stream = is_stream(dataset)
     # Of a stream, rows and fingerprint are known when it has been read, see `StreamRows`.
-    rows = dataset.dataset if isinstance(dataset, RowDataset) else dataset
     return {
-        "fingerprint": None if stream else content_fingerprint(rows),
+        "fingerprint": None if stream else content_fingerprint(dataset),
         "num_rows": trainer.num_train_rows,
         "columns": [name for name in column_names(dataset) if name != ROW],
         "kind": trainer.train_rows_kind,
