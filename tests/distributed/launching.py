@@ -24,7 +24,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 
-def launch(script, *arguments, launcher="torchrun"):
+def launch(script, *arguments):
     """Run a script of this folder in two processes that talk through gloo on this machine.
 
     Raises:
@@ -33,11 +33,8 @@ def launch(script, *arguments, launcher="torchrun"):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    if launcher == "torchrun":
-        start = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
-    else:
-        start = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-        start += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    # What `accelerate launch` starts on GPUs; on CPUs it starts one process, whatever it is told.
+    start = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
     command = [sys.executable, *start, "--master_port", port, str(HERE / script), *map(str, arguments)]
     paths = [str(HERE.parents[1]), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

@@ -31,21 +31,26 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:Fu
 
 
 ROWS = {"uneven": random_rows(22), "drop_last": random_rows(22), "dispatched": even_rows(22)}
+ROWS |= {"packed": None, "stream": None, "stream_read_by_all": None, "stream_in_shards": None}  # those in the record
 MODELS = {"tied": tiny_gpt2, "mean_loss": mean_loss_llama}
 
 RECORDED = ("run", "tied", "local_counts", "mean_loss", "sgd_on_cpu", "uneven", "drop_last", "dispatched", "split")
-RECORDED += ("by_length", "lora", "best", "resumed", "resumed_as_two")
+RECORDED += ("by_length", "lora", "best", "packed", "resumed", "resumed_as_two")
+RECORDED += ("stream", "stream_read_by_all", "stream_in_shards")
 SHARDED = ("fsdp", "fsdp_tied", "fsdp_odd", "fsdp_lora", "fsdp_best", "fsdp_resumed", "fsdp_resumed_sharded")
+ROUNDING = {"packed": 1e-5}  # TRL takes logarithms in float32, and Adam magnifies that where gradients are near 0
 REFUSED = {
     "other_rows": ("RecordError", "different training sets.*Give every process the whole dataset"),
     "one_refuses": ("UnsupportedError", "Rprop cannot be attributed"),
     "on_signal": ("UnsupportedError", "Set enable_jit_checkpoint=False"),
     "finds_batch_size": ("UnsupportedError", "Set auto_find_batch_size=False"),
     "fsdp_again": ("UnsupportedError", "sharded over the processes.*Make a new trainer"),
-    "fsdp_adafactor": ("UnsupportedError", "With FSDP use one of SGD, Adam, AdamW"),
+    "fsdp_adafactor": ("UnsupportedError", "Adafactor is not known to update each entry.*With FSDP use one of SGD"),
+    "stream_shuffled": ("UnsupportedError", "another row came under number"),
     "exists": ("RecordError", "has a stage 'train' already .complete, 2 steps"),
 }
-EQUAL = ("run", "tied", "sgd_on_cpu", "dispatched", "split", "lora", "best")
+EQUAL = ("run", "tied", "sgd_on_cpu", "dispatched", "split", "lora", "best", "packed")
+EQUAL += ("stream", "stream_read_by_all")
 EQUAL += ("fsdp", "fsdp_tied", "fsdp_odd", "fsdp_lora", "fsdp_best")
 
 
@@ -58,26 +63,26 @@ def two(tmp_path_factory):
     return folder
 
 
-def assert_same_run(one, two):
+def assert_same_run(one, two, relative=1e-12):
     """Steps equal, micro-batches and their rows in order included; tensors equal to the rounding of float64 sums."""
     first, second = one.steps(), two.steps()
     assert first.micro_batches == second.micro_batches
     for field in ("step", "epoch", "learning_rate", "skipped"):
         np.testing.assert_array_equal(getattr(first, field), getattr(second, field), err_msg=field)
     for field in ("grad_norm", "clip_factor"):
-        np.testing.assert_allclose(getattr(first, field), getattr(second, field), rtol=1e-12, err_msg=field)
+        np.testing.assert_allclose(getattr(first, field), getattr(second, field), rtol=relative, err_msg=field)
     assert len(one.segments) == len(two.segments)
     for a, b in zip(one.segments, two.segments, strict=True):
         assert (a.first_step, a.end_step) == (b.first_step, b.end_step)
-        np.testing.assert_allclose(a.effective_learning_rate_sum, b.effective_learning_rate_sum, rtol=1e-12)
-        assert_close(a.parameters(), b.parameters())
+        np.testing.assert_allclose(a.effective_learning_rate_sum, b.effective_learning_rate_sum, rtol=relative)
+        assert_close(a.parameters(), b.parameters(), relative)
         # P = 1 / (sqrt(v) + eps) magnifies the rounding of gradients near 0.
-        assert_close(a.preconditioner(), b.preconditioner(), 1e-9)
+        assert_close(a.preconditioner(), b.preconditioner(), 1000 * relative)
     for which in ("initial", "final"):
-        assert_close(one.weights(which), two.weights(which))
+        assert_close(one.weights(which), two.weights(which), relative)
 
 
-def assert_close(first, second, relative=1e-12):
+def assert_close(first, second, relative):
     size = distance(first, {name: torch.zeros_like(tensor) for name, tensor in first.items()})
     assert distance(first, second) <= relative * size
 
@@ -95,7 +100,8 @@ def test_the_record_of_two_processes_replays(two, case):
     final = stage.weights("final")
     moved = distance(stage.weights("initial"), final)
     assert moved > 0.05
-    assert distance({name: p.detach() for name, p in again.named_parameters() if name in final}, final) <= 1e-9 * moved
+    weights = {name: p.detach() for name, p in again.named_parameters() if name in final}
+    assert distance(weights, final) <= max(1e-9, ROUNDING.get(case, 0)) * moved
 
 
 @pytest.mark.parametrize("case", EQUAL)
@@ -103,7 +109,7 @@ def test_the_record_is_that_of_one_process(two, tmp_path, case):
     CASES[case](tmp_path)
     one, both = (TrainingRecord.load(folder / "record").stages for folder in (tmp_path, two / case))
     for first, second in zip(one, both, strict=True):
-        assert_same_run(first, second)
+        assert_same_run(first, second, ROUNDING.get(case, 1e-12))
         assert first.data["frozen"] == second.data["frozen"] and first.frozen == second.frozen
         assert first.tensor_info == second.tensor_info and first.model == second.model
 

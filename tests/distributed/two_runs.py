@@ -28,6 +28,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from accelerate import DistributedType, PartialState  # noqa: E402
 from cases import config, random_rows, tiny_gpt2, tiny_llama  # noqa: E402
+from datasets import Dataset  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
@@ -116,6 +117,37 @@ def split(folder):
     run(folder, per_device_train_batch_size=4, accelerator_config={"split_batches": True})
 
 
+def stream(folder, **settings):
+    """One process reads and sends each its rows, unless `dispatch_batches` says otherwise."""
+    run(folder, rows=even_rows().to_iterable_dataset(), max_steps=9, **settings)
+
+
+def stream_read_by_all(folder):
+    stream(folder, accelerator_config={"dispatch_batches": False})
+
+
+def stream_in_shards(folder):
+    """Each process reads its own shards of a stream whose rows have numbers."""
+    rows = even_rows().add_column("source_row", np.arange(24)).to_iterable_dataset(num_shards=2)
+    run(folder, rows=rows, max_steps=9, accelerator_config={"dispatch_batches": False})
+
+
+def stream_shuffled(folder):
+    """Rows without numbers of their own, in another order in every epoch."""
+
+    class Rows(torch.utils.data.IterableDataset):
+        epoch = 0
+
+        def __iter__(self):
+            order = torch.randperm(24, generator=torch.Generator().manual_seed(self.epoch)).tolist()
+            yield from even_rows().select(order)
+
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+    run(folder, rows=Rows(), max_steps=9)
+
+
 def by_length(folder):
     run(folder, train_sampling_strategy="group_by_length")
 
@@ -139,6 +171,15 @@ def best(folder, **settings):
     every = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     every |= {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
     run(folder, trainer=Scripted, eval_dataset=random_rows(24), **every, **settings)
+
+
+def packed(folder):
+    """TRL's own loss on packed sequences, which TRL scales by the number of processes itself."""
+    from recording.trainers.sft import sft
+
+    texts = [f"row {index} says {index * 7}" for index in range(40)]
+    more = {"per_device_train_batch_size": 4 // WORLD, "gradient_accumulation_steps": 1, "packing": True}
+    sft(folder, Dataset.from_dict({"text": texts}), num_train_epochs=1, max_grad_norm=0.5, **more)
 
 
 SAVES = {"save_strategy": "steps", "save_steps": 2}
@@ -271,7 +312,8 @@ def exists(folder):
 CASES = {
     case.__name__: case
     for case in (run, tied, local_counts, mean_loss, sgd_on_cpu, uneven, drop_last, dispatched, split, by_length)
-    + (lora, best, killed, resumed, scores)
+    + (stream, stream_read_by_all, stream_in_shards, stream_shuffled)
+    + (lora, best, packed, killed, resumed, scores)
     + (fsdp, fsdp_tied, fsdp_odd, fsdp_lora, fsdp_best, fsdp_resumed, fsdp_resumed_sharded, fsdp_again)
     + (fsdp_adafactor,)
     + (other_rows, one_refuses, disk_is_full, on_signal, finds_batch_size, exists)
