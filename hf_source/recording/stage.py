@@ -142,15 +142,32 @@ class SegmentRecord:
         """float64 `[num_examples]`: the rows' weights in the segment's updates, momentum included (see `momentum.py`).
 
         Like `row_weights`, with the learning rate that really applied each gradient: gradients of earlier segments
-        that momentum still carries count here, and what this segment's momentum carries on counts later.
+        that momentum still carries count here, and what this segment's momentum carries on counts later. Of the first
+        group that trains anything, if they differ: see `applied_parts`.
+        """
+        return self.applied_parts()[0][1]
+
+    def applied_parts(self) -> list[tuple[list[str], np.ndarray]]:
+        """Parameters that share their momentum, and the rows' weights in their updates (see `applied_weights`).
+
+        One part, but for groups with different momentum or different optimizers (Muon with AdamW, say).
         """
         steps = self.stage.steps()
-        group = next(group for group in self.stage.groups if group.parameters)
         before = (self.stage.data.get("optimizer_start") or {}).get("updates", 0)
-        rates = applied_learning_rate(
-            group, steps.reference_learning_rate, steps.skipped, self.first_step, self.end_step, before
-        )
-        first = int(np.argmax(rates > 0))
+        parts: list[tuple[list[str], np.ndarray]] = []
+        for group in (group for group in self.stage.groups if group.parameters):
+            rates = applied_learning_rate(
+                group, steps.reference_learning_rate, steps.skipped, self.first_step, self.end_step, before
+            )
+            same = next((names for names, known in parts if np.array_equal(known, rates)), None)
+            if same is None:
+                parts.append((list(group.parameters), rates))
+            else:
+                same.extend(group.parameters)
+        return [(names, self._weights_at(rates)) for names, rates in parts]
+
+    def _weights_at(self, rates: np.ndarray) -> np.ndarray:
+        steps, first = self.stage.steps(), int(np.argmax(rates > 0))
         visits = steps.visits(first, self.end_step, rates * steps.clip_factor[: self.end_step])
         return np.bincount(visits["row"], weights=visits["weight"], minlength=self.stage.num_examples)
 

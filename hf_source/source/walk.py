@@ -20,7 +20,7 @@ stages are more segments of the same run). A row's score in a segment is `w_m / 
 uniform. With `momentum`, the learning rate of a visit is that of the updates which its gradient really entered.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,14 +148,15 @@ def _through_segment(segment, stage, rows, gradients, vectors, scores, settings)
     seed = settings.seed + 7919 * segment.index
     sample = draw_sample(rows, weights, gradients, settings, seed, segment.objective_scale())
     scoring, vectors = settings.curvature.propagate(vectors, flow, sample)
-    if settings.momentum:
-        weights = segment.applied_weights()[rows.example]
+    parts = segment.applied_parts() if settings.momentum else [(list(scoring), segment.row_weights())]
+    parts = [(names, by_row[rows.example]) for names, by_row in parts]
     title = f"scoring {stage.name}, segment {segment.index + 1}"
-    visited = np.flatnonzero(weights)
+    visited = np.flatnonzero(sum(np.abs(weights) for _, weights in parts))
     for pieces in settings.progress(rows.batches(visited)[settings.share[0] :: settings.share[1]], title):
         batch = rows.collated(pieces, settings.device)
-        scale = torch.as_tensor(weights[pieces] / flow.length)
-        found = (score_rows(gradients, batch, scoring).double() * scale).float().numpy()
+        dots = score_rows(gradients, batch, scoring, [names for names, _ in parts]).double()
+        scales = [torch.as_tensor(weights[pieces] / flow.length) for _, weights in parts]
+        found = sum(dot * scale for dot, scale in zip(dots, scales, strict=True)).float().numpy()
         np.add.at(scores, (slice(None), rows.row[pieces]), found)  # a row may have several pieces
     return vectors
 
@@ -174,15 +175,31 @@ def draw_sample(
     return FisherSample(gradients, batches, seed, objective_scale)
 
 
-def score_rows(gradients: RowGradients, batch: Mapping[str, torch.Tensor], vectors: Vectors) -> torch.Tensor:
-    """Dot products of each row's gradient with each vector, on the CPU: `[vectors, rows]`."""
+def score_rows(
+    gradients: RowGradients,
+    batch: Mapping[str, torch.Tensor],
+    vectors: Vectors,
+    parts: Sequence[Collection[str]] | None = None,
+) -> torch.Tensor:
+    """Dot products of each row's gradient with each vector, on the CPU.
+
+    Args:
+        gradients: engine.
+        batch: the rows.
+        vectors: name -> `[vectors, *parameter.shape]`.
+        parts: groups of parameters whose products are wanted apart.
+
+    Returns:
+        `[vectors, rows]`; with `parts`, `[parts, vectors, rows]`.
+    """
+    part_of = {name: index for index, names in enumerate(parts or [list(vectors)]) for name in names}
     done = gradients.run(batch, vectors)
     result = None
     for name, rows, grads in gradients.blocks(done, vectors):
         if result is None:
-            result = grads.new_zeros((len(vectors[name]), done.num_rows))
-        result[:, rows] += as_rows(vectors[name]) @ as_rows(grads).T
-    return result.cpu()
+            result = grads.new_zeros((len(parts or [0]), len(vectors[name]), done.num_rows))
+        result[part_of[name]][:, rows] += as_rows(vectors[name]) @ as_rows(grads).T
+    return result.cpu() if parts is not None else result[0].cpu()
 
 
 def enter_stage(

@@ -24,6 +24,7 @@ from ..cases import random_rows, tiny_gpt2, train
 OPTIMIZERS = {
     "adamw": {"optim": "adamw_torch"},
     "sgd": {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.05},
+    "adafactor": {"optim": "adafactor"},  # whose entries are not updated each by itself
 }
 
 

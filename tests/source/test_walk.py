@@ -63,6 +63,9 @@ class FakeSegment:
         normalizer = (self.counts * self.items).sum() / self.items_per_normalizer
         return self.effective_learning_rate_sum * self.counts / normalizer
 
+    def applied_parts(self) -> list[tuple[list[str], np.ndarray]]:
+        return [(list(self.P), self.applied_weights())]
+
     def applied_weights(self) -> np.ndarray:
         """As if momentum had applied a part of each gradient after the segment, more of it for later rows."""
         return self.row_weights() * np.linspace(0.9, 0.5, len(self.counts))
