@@ -25,6 +25,7 @@ from ..errors import UnsupportedError
 from .losses import describe_loss
 from .models import plain_model
 from .packing import refuse_leaks
+from .precision import refuse_formats
 from .smoothing import refuse_unshifted_smoothing
 from .streams import is_stream
 
@@ -38,14 +39,9 @@ def refuse_unsupported(trainer: Any) -> None:
     Raises:
         UnsupportedError: naming what cannot be recorded, why, and what to change.
     """
-    args = trainer.args
     refuse_unshifted_smoothing(trainer)
     _refuse_ways_to_share(trainer)
-    if args.fp16 or trainer.accelerator.mixed_precision not in ("no", "bf16"):
-        raise UnsupportedError(
-            "fp16 (or fp8) training scales losses and skips steps, which recording cannot follow yet. Use bf16=True, "
-            "or float32."
-        )
+    refuse_formats(trainer)
     refuse_moving_momentum(trainer.lr_scheduler)
     _refuse_compiled(trainer.model)
     _refuse_adapters(trainer.model)

@@ -79,6 +79,7 @@ def describe_training(trainer: Any) -> dict[str, Any]:
         "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "sampling_strategy": str(getattr(args, "train_sampling_strategy", "random")),
         "bf16": trainer.accelerator.mixed_precision == "bf16",
+        "fp16": trainer.accelerator.mixed_precision == "fp16",
         "fused_optimizer": any(bool(group.get("fused")) for group in trainer.optimizer.param_groups),
         "dropout": has_dropout(trainer.model),
         "neftune_noise_alpha": args.neftune_noise_alpha,

@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from ..errors import RecordError, UnsupportedError
 from .freezing import UpdateWatch, note_frozen
 from .optimizers import describe_optimizer
+from .precision import note_scale
 from .processes import Processes
 from .segments import SegmentAccumulator
 from .sharding import whole_tensors
@@ -107,7 +108,12 @@ class StageRecorder:
             described["first_micro_batch"] = float(loss)
 
     def before_update(
-        self, learning_rates: Sequence[float], grad_norm: float, clip_factor: float, epoch: float
+        self,
+        learning_rates: Sequence[float],
+        grad_norm: float,
+        clip_factor: float,
+        epoch: float,
+        loss_scale: float | None = None,
     ) -> None:
         """Gradients are complete, weights not yet updated.
 
@@ -117,6 +123,8 @@ class StageRecorder:
         changes = self.writer.stage.setdefault("trainable_changes", [])
         note_frozen(changes, self.step, self._watch.without_update(self.step))
         self._refuse_changed_constants()
+        if loss_scale is not None:
+            note_scale(self.writer.stage.setdefault("loss_scales", []), self.step, loss_scale)
         self._running = {
             "step": self.step,
             "epoch": epoch,
@@ -215,8 +223,9 @@ class StageRecorder:
             self.writer.stage.setdefault("attempts", []).append({"id": uuid.uuid4().hex, "first_step": self.step})
             if self.streamed is not None:
                 self.streamed.cut_back(self.step)
-            changes = self.writer.stage.get("trainable_changes", [])
-            self.writer.stage["trainable_changes"] = [change for change in changes if change["step"] < self.step]
+            for key in ("trainable_changes", "loss_scales"):
+                changes = self.writer.stage.get(key, [])
+                self.writer.stage[key] = [change for change in changes if change["step"] < self.step]
             self.writer.cut_back(self.step, self._segment_start)
             return self.writer.stage
 

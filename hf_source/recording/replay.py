@@ -96,12 +96,13 @@ def replay(
         frozen = stage.frozen_at(index)
         for name, parameter in trained.items():
             parameter.requires_grad_(name not in frozen)
-        for batch in steps.micro_batches[index]:
+        scale = stage.loss_scale_at(index)
+        for batch in steps.micro_batches[index] if not steps.skipped[index] else ():
             kept = _kept(stage, rows, batch, mask)
             if kept:
-                _backward(stage, model, collator(kept), batch)
-        _scale_gradients(trained, float(steps.clip_factor[index]), masked=mask is not None)
+                _backward(stage, model, collator(kept), batch, scale)
         if not steps.skipped[index]:
+            _scale_gradients(trained, 1 / scale, float(steps.clip_factor[index]), masked=mask is not None)
             optimizer.step()
         optimizer.zero_grad()
         if callback is not None:
@@ -121,8 +122,10 @@ def _kept(
     return [piece for piece in pieces if mask is None or mask[piece["row"]]]
 
 
-def _backward(stage: StageRecord, model: torch.nn.Module, inputs: Mapping[str, Any], batch: MicroBatch) -> None:
-    """Add the micro-batch's gradient: of its summed loss divided by the recorded normalizer."""
+def _backward(
+    stage: StageRecord, model: torch.nn.Module, inputs: Mapping[str, Any], batch: MicroBatch, scale: float
+) -> None:
+    """Add the micro-batch's gradient: of its summed loss divided by the recorded normalizer, times `scale`."""
     device = next(model.parameters()).device
     inputs = {key: value.to(device) for key, value in inputs.items() if key != ROW}
     tokens = stage.loss["normalization"] == "tokens"
@@ -131,7 +134,7 @@ def _backward(stage: StageRecord, model: torch.nn.Module, inputs: Mapping[str, A
         return  # the mean over no items is not a number
     loss = _loss(stage, model, inputs, batch.normalizer if tokens else None)
     # In the other case it is the mean over the items that are there.
-    (loss if tokens else loss * (items / batch.normalizer)).backward()
+    ((loss if tokens else loss * (items / batch.normalizer)) * scale).backward()
 
 
 def _loss(stage: StageRecord, model: torch.nn.Module, inputs: Mapping[str, Any], count: float | None) -> torch.Tensor:
@@ -144,7 +147,7 @@ def _loss(stage: StageRecord, model: torch.nn.Module, inputs: Mapping[str, Any],
         outputs = model(**inputs, **({} if count is None else {"num_items_in_batch": count}))
     if not epsilon:
         return outputs["loss"]
-    if stage.training["bf16"]:  # Accelerate gives the Trainer what left the model in half precision as float32
+    if stage.autocast is not None:  # Accelerate gives the Trainer what left the model in half precision as float32
         outputs = {"logits": outputs["logits"].float()}
     return smoothed_loss(epsilon, model, outputs, labels, count)
 
@@ -157,13 +160,11 @@ def _count_items(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> 
 
 
 def _autocast(stage: StageRecord, device: torch.device) -> contextlib.AbstractContextManager:
-    if not stage.training["bf16"]:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext() if stage.autocast is None else torch.autocast(device.type, dtype=stage.autocast)
 
 
-def _scale_gradients(trained: Mapping[str, torch.nn.Parameter], factor: float, masked: bool) -> None:
-    """Clip as recorded.
+def _scale_gradients(trained: Mapping[str, torch.nn.Parameter], unscale: float, factor: float, masked: bool) -> None:
+    """Take the loss scale out again, and clip as recorded.
 
     If every row of the step was left out, its gradient is 0 rather than absent: moments and weight decay go on.
     """
@@ -172,8 +173,9 @@ def _scale_gradients(trained: Mapping[str, torch.nn.Parameter], factor: float, m
         for parameter in trained.values():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
-    elif factor != 1.0:
-        torch._foreach_mul_(gradients, factor)
+    for number in (unscale, factor):
+        if number != 1.0 and gradients:
+            torch._foreach_mul_(gradients, number)
 
 
 def _set_learning_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:

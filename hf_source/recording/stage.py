@@ -32,6 +32,7 @@ from .models import is_prompt_learning
 from .momentum import applied_learning_rate
 from .names import canonical_name
 from .optimizers import OptimizerDescription
+from .precision import scale_at
 from .steps import StepTable
 from .stored_rows import read_rows
 from .writer import STEP_SCHEMA, stage_folder
@@ -245,6 +246,17 @@ class StageRecord:
     def frozen_at(self, step: int) -> frozenset[str]:
         """Trainable parameters that a step did not update, because they were frozen or had no part in its loss."""
         return frozen_at(self.data.get("trainable_changes", []), step)
+
+    def loss_scale_at(self, step: int) -> float:
+        """What fp16 training multiplied a step's loss by before backward; 1 otherwise."""
+        return scale_at(self.data.get("loss_scales", []), step)
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """Half-precision type that the forward pass ran in, if it did."""
+        if self.training.get("fp16"):
+            return torch.float16
+        return torch.bfloat16 if self.training["bf16"] else None
 
     def require_complete(self) -> None:
         """Raise if the stage's training did not come to its end.

@@ -35,7 +35,7 @@ from .losses import divides_by_count, loss_owner
 from .models import context_length, is_causal_lm, predicted_labels
 from .optimizers import learning_rates
 from .packing import packed_with_rows
-from .precision import clip_factor
+from .precision import clip_factor, loss_scale, refuse_broken_gradient
 from .processes import Processes
 from .recorder import StageRecorder, read_sidecar
 from .rows import RowCollator, count_numbers, with_row_numbers
@@ -63,7 +63,7 @@ class _RecordingCallback(TrainerCallback):
         self.trainer._before_update()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer._recorder.after_update(bool(self.trainer.accelerator.optimizer_step_was_skipped))
+        self.trainer._after_update()
 
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer._finish_recording()
@@ -216,13 +216,16 @@ class RecordingMixin:
 
     def _before_update(self) -> None:
         norm, factor = float(self._grad_norm), clip_factor(self._grad_norm, self.args.max_grad_norm)
-        if not math.isfinite(norm):
-            raise UnsupportedError(
-                f"The gradient of optimizer step {self._recorder.step} has norm {norm}: from here on the weights are "
-                "not numbers. Lower the learning rate, lengthen the warmup, or look for rows with broken labels."
-            )
+        scale = loss_scale(self)
+        refuse_broken_gradient(norm, self._recorder.step, scale)
         rates = learning_rates(self.optimizer)
-        self._recorder.before_update(rates, norm, factor, float(self.state.epoch or 0.0))
+        self._recorder.before_update(rates, norm, factor, float(self.state.epoch or 0.0), scale)
+
+    def _after_update(self) -> None:
+        # A fused optimizer is called on an overflow too, and leaves the weights alone itself: Accelerate does not see
+        # that, and moves the learning rate on.
+        overflow = not math.isfinite(float(self._grad_norm))
+        self._recorder.after_update(overflow or bool(self.accelerator.optimizer_step_was_skipped))
 
     # ---- Start, checkpoint, end ----
 

@@ -115,7 +115,7 @@ class _Comparison:
         self.steps = stage.steps()
         self.start = self.before = sample_of(stage.weights("initial"), stage.trainable)
         precise = {info["dtype"] for name, info in stage.tensor_info.items() if name in set(stage.trainable)}
-        half = stage.training["bf16"] or not precise <= set(_TOLERANCE)
+        half = stage.autocast is not None or not precise <= set(_TOLERANCE)
         self.epsilon = max(torch.finfo(getattr(torch, dtype)).eps for dtype in precise)
         self.tolerance = _LOOSE if half else max(_TOLERANCE[dtype] for dtype in precise)
         self.sums = torch.zeros_like(self.start)

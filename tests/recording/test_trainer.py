@@ -296,7 +296,6 @@ def test_refused_at_the_start(tmp_path, make, settings, trainer, message):
     ("attribute", "value", "message"),
     [
         ("n_gpu", 2, "accelerate launch.*CUDA_VISIBLE_DEVICES=0"),
-        ("fp16", True, "bf16=True"),
     ],
 )
 def test_settings_that_this_machine_cannot_make_are_refused(tmp_path, monkeypatch, attribute, value, message):
