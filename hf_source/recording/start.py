@@ -13,12 +13,14 @@
 # limitations under the License.
 """The start of a recorded stage, new or resumed: everything that is checked and written before the first step."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from transformers.trainer_utils import has_length
 
 from ..errors import RecordError, UnsupportedError
 from .checkpoints import check_history
@@ -70,6 +72,7 @@ def start_recorder(
     optimizer = unwrap_optimizer(trainer.optimizer)
     description, stage = processes.agree(lambda: _describe(trainer, options, names, resume_folder is not None))
     _refuse_other_rows(stage, processes)
+    _refuse_other_steps(trainer, processes)
     trained = {name for group in description.groups for name in group.parameters}
     parameters = {name: p for name, p in named_parameters(trainer.model) if name in trained}
     weights = {} if resume_folder else _all_weights(trainer.model, trained, processes)
@@ -95,6 +98,16 @@ def start_recorder(
     if resume_folder is not None:
         recorder.go_back(resume_folder)
     return recorder
+
+
+def _refuse_other_steps(trainer: Any, processes: Processes) -> None:
+    batches = trainer.callback_handler.train_dataloader
+    length = len(batches) if has_length(batches) else 0
+    processes.refuse_differences(
+        (trainer.state.max_steps, math.ceil(length / trainer.args.gradient_accumulation_steps)),
+        "The processes would make different numbers of optimizer steps, and wait for each other forever: their shares "
+        "of the rows differ. Leave even_batches of accelerator_config at True, or set dataloader_drop_last=True.",
+    )
 
 
 def _describe(

@@ -47,6 +47,7 @@ REFUSED = {
     "fsdp_again": ("UnsupportedError", "sharded over the processes.*Make a new trainer"),
     "fsdp_adafactor": ("UnsupportedError", "Adafactor is not known to update each entry.*With FSDP use one of SGD"),
     "stream_shuffled": ("UnsupportedError", "another row came under number"),
+    "uneven_batches": ("RecordError", "different numbers of optimizer steps.*Leave even_batches"),
     "exists": ("RecordError", "has a stage 'train' already .complete, 2 steps"),
 }
 EQUAL = ("run", "tied", "sgd_on_cpu", "dispatched", "split", "lora", "best", "packed")

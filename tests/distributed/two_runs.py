@@ -295,6 +295,10 @@ def disk_is_full(folder):
     run(folder, callbacks=[Break()])
 
 
+def uneven_batches(folder):
+    run(folder, rows=random_rows(22), gradient_accumulation_steps=1, accelerator_config={"even_batches": False})
+
+
 def on_signal(folder):
     run(folder, enable_jit_checkpoint=True)
 
@@ -316,7 +320,7 @@ CASES = {
     + (lora, best, packed, killed, resumed, scores)
     + (fsdp, fsdp_tied, fsdp_odd, fsdp_lora, fsdp_best, fsdp_resumed, fsdp_resumed_sharded, fsdp_again)
     + (fsdp_adafactor,)
-    + (other_rows, one_refuses, disk_is_full, on_signal, finds_batch_size, exists)
+    + (other_rows, one_refuses, disk_is_full, uneven_batches, on_signal, finds_batch_size, exists)
 }
 CASES["resumed_as_two"] = resumed
 
