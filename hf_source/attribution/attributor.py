@@ -160,7 +160,7 @@ class SourceAttributor:
     def measurement(self, queries: Queries) -> Task:
         """What a query measures: the log-likelihood of its text, or the loss of its rows as the last stage trains."""
         stage = self.record.stages[-1]
-        task = self.task_of(stage)
+        task = self.rows(stage).task
         if queries.are_rows:
             return task
         if isinstance(task, (CausalLMTask, Seq2SeqTask)):

@@ -25,7 +25,7 @@ import torch
 
 from ..curvature import CURVATURES
 from ..errors import ConfigError
-from ..gradients import RowGradients
+from ..gradients import DPOTask, RowGradients
 from ..recording import StageRecord
 from ..source import score_rows, unroll, walk
 from .queries import Queries
@@ -83,6 +83,8 @@ def _final_gradients(attributor: "SourceAttributor", queries: Queries, cosine: b
         if stage is last:
             rows.prepare(gradients)
             last.load_weights(model, "final")
+        elif isinstance(rows.task, DPOTask):
+            rows.task.prepare(attributor.build_model(stage), rows)
         gradients.check(rows.collated(rows.shortest(2), attributor.device))
         vectors = attributor.query_gradients(gradients, queries)
         scores = np.zeros((len(queries), stage.num_rows), dtype=np.float32)

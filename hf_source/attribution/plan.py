@@ -140,6 +140,8 @@ def _memory(attributor: "SourceAttributor", sizes: list[int], element: int, num_
 def _seconds_per_token(attributor, gradients: RowGradients, stage: StageRecord, queries: Queries) -> float:
     """Time of forward, backward and contraction with as many vectors as there are queries, on a few real batches."""
     rows = attributor.rows(stage)
+    rows.prepare(gradients)
+    stage.load_weights(gradients.model, "final")
     batches = rows.batches(rows.trained)
     chosen = [batches[i] for i in sorted({0, len(batches) // 2, len(batches) - 1})]
     vectors = {

@@ -22,7 +22,7 @@ from datasets import Dataset
 
 from ..data import ROW, take_rows
 from ..errors import DataError, UnsupportedError
-from ..gradients import CausalLMTask, RowGradients, RowLossTask, Task
+from ..gradients import CausalLMTask, PairTask, RowGradients, RowLossTask, Task
 from ..recording import StageRecord
 from ..recording.matching import match_rows
 from ..recording.packing import split
@@ -69,7 +69,8 @@ class StageRows:
         self.max_tokens_per_batch = max_tokens_per_batch
         own = task if isinstance(task, RowLossTask) else CausalLMTask() if task else RowLossTask()
         self.columns = own.columns
-        self.collate = data_collator or own.collator(processing_class)
+        pairs = isinstance(task, PairTask)  # they lay sequences out in a way of their own
+        self.collate = own.collator(processing_class) if pairs or data_collator is None else data_collator
         matched = match_rows(stage, dataset, processing_class, self.collate)
         self.dataset, self.trained = matched.dataset, matched.numbers
         self.given, self.numbers = matched.given, matched.given_numbers

@@ -13,6 +13,7 @@
 # limitations under the License.
 """Per-row gradients of every trainable parameter."""
 
+from .preference import DPOTask, PairTask, RewardTask
 from .rows import Pass, RowGradients
 from .selection import is_known, task_for
 from .task import CausalLMTask, RowLossTask, Seq2SeqTask, Task, batch_to, labels_of
@@ -20,6 +21,9 @@ from .task import CausalLMTask, RowLossTask, Seq2SeqTask, Task, batch_to, labels
 
 __all__ = [
     "CausalLMTask",
+    "DPOTask",
+    "PairTask",
+    "RewardTask",
     "Pass",
     "RowGradients",
     "RowLossTask",

@@ -17,12 +17,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import UnsupportedError
+from .preference import DPOTask, RewardTask
 from .task import CausalLMTask, Seq2SeqTask, Task
 
 
 TASKS: dict[str, Callable[[Mapping[str, Any]], Task]] = {
     "causal_lm": lambda settings: CausalLMTask(**settings),
     "seq2seq_lm": lambda settings: Seq2SeqTask(**settings),
+    "reward": RewardTask,
+    "dpo": DPOTask,
 }
 """`loss["kind"]` of a stage to the task it trained on; called with the loss's recorded settings."""
 

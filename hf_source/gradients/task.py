@@ -162,7 +162,7 @@ class CausalLMTask(RowLossTask):
 
     def token_losses(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Negative log-likelihood of every label token, `[rows, tokens - 1]`, 0 where nothing is asked."""
-        return _token_losses(*self.predictions(outputs, labels), self.label_smoothing)
+        return token_losses(*self.predictions(outputs, labels), self.label_smoothing)
 
     def sample_labels(self, outputs: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Each loss item's label drawn from the softmax of its logits; shape and masking of `labels`.
@@ -226,7 +226,7 @@ class Seq2SeqTask(RowLossTask):
 
     def token_losses(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Negative log-likelihood of every label token, `[rows, tokens]`, 0 where nothing is asked."""
-        return _token_losses(outputs, labels, self.label_smoothing)
+        return token_losses(outputs, labels, self.label_smoothing)
 
     def sample_labels(self, outputs: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Each loss item's label drawn from the softmax of its logits; shape and masking of `labels`."""
@@ -253,7 +253,8 @@ class Seq2SeqCollator(CausalLMCollator):
         return batch
 
 
-def _token_losses(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+def token_losses(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Cross-entropy of every target, 0 where there is none."""
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     return F.cross_entropy(

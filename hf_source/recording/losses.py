@@ -26,8 +26,8 @@ from .smoothing import label_smoothing
 def describe_loss(trainer: Any) -> dict[str, Any]:
     """The `loss` entry of a stage.
 
-    `kind` is `"causal_lm"` or `"seq2seq_lm"`, with the constants of the loss as `settings`; any other kind comes with
-    a `reason` why the loss of a row is not known.
+    `kind` is `"causal_lm"`, `"seq2seq_lm"`, `"reward"` or `"dpo"`, with the constants of the loss as `settings`; where
+    the loss of a row is not known, `reason` says why.
     """
     kind, settings, reason = _kind(trainer)
     return {
@@ -59,7 +59,53 @@ def _sft_loss(trainer: Any) -> tuple[str, dict[str, Any], str | None]:
     return trainer.args.loss_type, {}, f"loss_type='{trainer.args.loss_type}' {reason}: train with loss_type='nll'"
 
 
-_OF_TRL = {"SFTTrainer": _sft_loss}
+def _reward_loss(trainer: Any) -> tuple[str, dict[str, Any], str | None]:
+    return _pairs(trainer, "reward", {"center_rewards_coefficient": trainer.args.center_rewards_coefficient}, {})
+
+
+def _dpo_loss(trainer: Any) -> tuple[str, dict[str, Any], str | None]:
+    args = trainer.args
+    settings = {name: getattr(args, name) for name in ("beta", "max_length", "truncation_mode")}
+    settings["reference"] = _reference(trainer)
+    others = {
+        f"loss_type={list(trainer.loss_types)}: train with loss_type='sigmoid'": list(trainer.loss_types)
+        != ["sigmoid"],
+        f"loss_weights={args.loss_weights}: leave them out": list(trainer.loss_weights) != [1.0],
+        f"f_divergence_type={args.f_divergence_type}: train with 'reverse_kl'": args.f_divergence_type != "reverse_kl",
+        "ld_alpha weighs tokens: leave it out": args.ld_alpha is not None,
+        "use_weighting weighs pairs: leave it out": args.use_weighting,
+        "sync_ref_model moves the reference model: leave it out": args.sync_ref_model,
+        "its reference model is not where the model started: set precompute_ref_log_probs=True, so that the record "
+        "holds what it says": settings["reference"] is None,
+    }
+    return _pairs(trainer, "dpo", settings, others)
+
+
+def _pairs(
+    trainer: Any, kind: str, settings: dict[str, Any], others: Mapping[str, bool]
+) -> tuple[str, dict[str, Any], str | None]:
+    """A loss of preference pairs, unless one of `others` says that it is another."""
+    collator = getattr(trainer.data_collator, "collator", trainer.data_collator)
+    own = type(collator).__module__.startswith("trl.") and type(collator).__name__ == "DataCollatorForPreference"
+    others = {f"it collated with {type(collator).__name__}: leave data_collator out": not own, **others}
+    reason = next((reason for reason, holds in others.items() if holds), None)
+    return kind, settings | {"pad_token_id": getattr(collator, "pad_token_id", None)}, reason
+
+
+@torch.no_grad()
+def _reference(trainer: Any) -> str | None:
+    """Where the reference model's log-likelihoods come from, or `None` if the record cannot give them."""
+    if trainer.precompute_ref_logps:
+        return "columns"
+    if trainer.ref_model is None:
+        return "adapter_off"
+    weights = dict(trainer.accelerator.unwrap_model(trainer.ref_model).named_parameters())
+    own = dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
+    same = weights.keys() == own.keys() and all(torch.equal(own[n], w.to(own[n].device)) for n, w in weights.items())
+    return "initial" if same else None
+
+
+_OF_TRL = {"SFTTrainer": _sft_loss, "RewardTrainer": _reward_loss, "DPOTrainer": _dpo_loss}
 
 
 def _causal_settings(trainer: Any) -> dict[str, Any]:

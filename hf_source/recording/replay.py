@@ -26,6 +26,7 @@ import torch
 
 from ..data import ROW, CausalLMCollator, take_rows
 from ..errors import DataError, UnsupportedError
+from ..gradients import DPOTask, PairTask, task_for
 from .matching import match_rows
 from .models import predicted_labels
 from .optimizers import OptimizerDescription, build_optimizer
@@ -81,7 +82,10 @@ def replay(
     stage.load_weights(model, "initial")
     rows = _RowReader(stage, dataset, data_collator)
     mask = _checked_mask(row_mask, stage.num_rows)
-    collator = data_collator or _default_collator(stage)
+    pairs = task_for(stage) if stage.loss["kind"] in ("reward", "dpo") else None
+    if isinstance(pairs, DPOTask):
+        rows.dataset = pairs.with_reference(rows.dataset, model, stage)
+    collator = pairs.collator(None) if pairs else data_collator or _default_collator(stage)
     description = OptimizerDescription.from_dict(stage.optimizer)
     trained = _trained_parameters(stage, model)
     optimizer = build_optimizer(description, trained)
@@ -90,7 +94,7 @@ def replay(
             group |= {"fused": True} if "fused" in group else {}
     load_optimizer_state(stage, optimizer, trained)
     steps = stage.steps()
-    model.train()
+    model.train(stage.training.get("dropout", True))  # TRL switches dropout off, the configuration may name it still
     for index in range(len(steps)):
         _set_learning_rates(optimizer, steps.learning_rate[index])
         frozen = stage.frozen_at(index)
@@ -100,7 +104,7 @@ def replay(
         for batch in steps.micro_batches[index] if not steps.skipped[index] else ():
             kept = _kept(stage, rows, batch, mask)
             if kept:
-                _backward(stage, model, collator(kept), batch, scale)
+                _backward(stage, model, collator(kept), batch, scale, pairs)
         if not steps.skipped[index]:
             _scale_gradients(trained, 1 / scale, float(steps.clip_factor[index]), masked=mask is not None)
             optimizer.step()
@@ -123,11 +127,21 @@ def _kept(
 
 
 def _backward(
-    stage: StageRecord, model: torch.nn.Module, inputs: Mapping[str, Any], batch: MicroBatch, scale: float
+    stage: StageRecord,
+    model: torch.nn.Module,
+    inputs: Mapping[str, Any],
+    batch: MicroBatch,
+    scale: float,
+    pairs: PairTask | None,
 ) -> None:
     """Add the micro-batch's gradient: of its summed loss divided by the recorded normalizer, times `scale`."""
     device = next(model.parameters()).device
     inputs = {key: value.to(device) for key, value in inputs.items() if key != ROW}
+    if pairs is not None:
+        with _autocast(stage, device):
+            losses = pairs.row_losses(pairs.forward(model, inputs), inputs["labels"])
+        (losses.sum() / batch.normalizer * scale).backward()
+        return
     tokens = stage.loss["normalization"] == "tokens"
     items = _count_items(model, inputs)
     if not tokens and items == 0:

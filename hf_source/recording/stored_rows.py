@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 import torch
 
 from ..data import ROW, TRAINED_COLUMNS, dataset_digest
+from ..gradients.preference import REFERENCE
 from .rows import RowDataset
 from .streamed_rows import read_stream_rows
 from .streams import is_stream
@@ -37,7 +38,7 @@ ROWS_FILE = "rows.parquet"
 _BATCH = 4096
 
 # What trains and what people read. Other columns stay with their owner.
-_COLUMNS = (*TRAINED_COLUMNS, "seq_lengths", "attention_mask", "text", "prompt", "completion", ROW)
+_COLUMNS = (*TRAINED_COLUMNS, "seq_lengths", *REFERENCE, "attention_mask", "text", "prompt", "completion", ROW)
 
 
 def write_rows(dataset: Any, writer: RecordWriter, store: bool = True) -> None:
