@@ -139,7 +139,8 @@ class StageRows:
 
     def _check_first_loss(self, gradients: RowGradients) -> None:
         trained = self.stage.loss.get("first_micro_batch")
-        noisy = any(self.stage.training.get(key) for key in ("dropout", "neftune_noise_alpha", "bf16", "fp16"))
+        other = ("dropout", "neftune_noise_alpha", "router_loss", "bf16", "fp16")
+        noisy = any(self.stage.training.get(key) for key in other)
         narrow = any(self.stage.tensor_info[n]["dtype"] not in ("float32", "float64") for n in self.stage.trainable)
         if trained is None or noisy or narrow:
             return

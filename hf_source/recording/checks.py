@@ -174,23 +174,44 @@ def _refuse_ways_to_shard(trainer: Any) -> None:
 
 
 def _refuse_batch_norm(model: torch.nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            raise UnsupportedError(
-                f"The module `{name}` is a {type(module).__name__}: in training its output for a row depends on the "
-                "rest of the batch, so a row has no loss of its own. Replace it by LayerNorm or GroupNorm."
-            )
+    """Batch normalisation mixes rows while it trains; one that stays in evaluation mode is a fixed scale and shift."""
+    before = model.training
+    model.train()  # as the Trainer does at every step
+    mixing = [
+        (name, type(module).__name__)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+        and (module.training or module.running_mean is None)
+    ]
+    model.train(before)
+    if mixing:
+        name, kind = mixing[0]
+        raise UnsupportedError(
+            f"The module `{name}` is a {kind}: in training its output for a row depends on the rest of the batch, so "
+            "a row has no loss of its own. Replace it by LayerNorm or GroupNorm, or freeze its statistics: give it a "
+            "`train` method that stays in evaluation mode."
+        )
+
+
+def has_router_loss(model: torch.nn.Module) -> bool:
+    """Whether a mixture of experts adds a loss of its routing, which is the batch's and no row's."""
+    return bool(getattr(getattr(plain_model(model), "config", None), "output_router_logits", False))
 
 
 def has_dropout(model: torch.nn.Module) -> bool:
-    """Whether any module drops activations in training."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:
-            return True
-        # Attention modules of recent models hold the probability as a plain number.
-        if isinstance(probability := getattr(module, "attention_dropout", 0), float) and probability > 0:
-            return True
-    return False
+    """Whether any module drops activations, or whole layers, in training."""
+    return any(_drops(module) for module in model.modules())
+
+
+def _drops(module: torch.nn.Module) -> bool:
+    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    # Attention modules of recent models hold the probability as a plain number, others that of skipping a layer.
+    names = ["attention_dropout", "layerdrop"]
+    names += ["dropout"] if isinstance(module, torch.nn.RNNBase) else []
+    names += ["drop_prob"] if type(module).__name__.endswith("DropPath") else []
+    values = [getattr(module, name, 0) for name in names]
+    return any(isinstance(value, float) and value > 0 for value in values)
 
 
 def warn_about_noise(trainer: Any) -> None:
@@ -200,8 +221,7 @@ def warn_about_noise(trainer: Any) -> None:
             "The model trains with dropout. Scores describe the model without dropout, and a replay of the record "
             "draws other masks. Set the dropout probabilities of the model's config to 0 for exact attribution."
         )
-    config = getattr(plain_model(trainer.model), "config", None)
-    if getattr(config, "output_router_logits", False):
+    if has_router_loss(trainer.model):
         logger.warning(
             "The model adds a router loss over the whole batch to its loss (output_router_logits=True). It belongs to "
             "no row and is not attributed; set output_router_logits=False for exact attribution."

@@ -23,7 +23,7 @@ from accelerate.logging import get_logger
 
 from ..data import ROW, content_fingerprint, dataset_digest
 from ..errors import UnsupportedError
-from .checks import has_dropout
+from .checks import has_dropout, has_router_loss
 from .config import RecordingOptions
 from .losses import describe_loss
 from .models import is_prompt_learning, num_virtual_tokens, plain_model
@@ -83,6 +83,7 @@ def describe_training(trainer: Any) -> dict[str, Any]:
         "fused_optimizer": any(bool(group.get("fused")) for group in trainer.optimizer.param_groups),
         "dropout": has_dropout(trainer.model),
         "neftune_noise_alpha": args.neftune_noise_alpha,
+        "router_loss": has_router_loss(trainer.model),
     }
 
 
