@@ -68,6 +68,8 @@ METHODS = {
     "source joint, no tail": {"tail": False},
     "source joint": {},
     "source joint, visits without momentum": {"momentum": False},
+    "stepwise, 4 draws": {"method": "stepwise", "draws": 4},
+    "stepwise, 16 draws": {"method": "stepwise", "draws": 16},
 }
 SIZES = (512, 1024, 2048)
 QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "use_cpu": True}

@@ -41,6 +41,7 @@ class Method(StrEnum):
     """`--method`."""
 
     source = "source"
+    stepwise = "stepwise"
     unrolled = "unrolled"
     grad_dot = "grad-dot"
     grad_cos = "grad-cos"

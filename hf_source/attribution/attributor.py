@@ -53,6 +53,7 @@ class SourceAttributor:
         tail: give `joint` its block-diagonal tail.
         momentum: weigh a row's visits by the updates that its gradients really entered through momentum; `False` gives
             them the learning rate of the step that took them, as in the paper.
+        draws: labels drawn per visit of a row for `method="stepwise"`.
         datasets: stage name -> dataset, for stages whose rows the record does not hold or that are given anew.
         model: a callable giving a fresh model for a stage, for architectures that transformers cannot rebuild.
         task: what defines a row's loss, for stages where the record does not say it (if it does in each: for all of
@@ -78,6 +79,7 @@ class SourceAttributor:
         num_samples: int = 1024,
         tail: bool = True,
         momentum: bool = True,
+        draws: int = 16,
         datasets: Mapping[str, Dataset] | None = None,
         model: Callable[[StageRecord], nn.Module] | None = None,
         task: Task | Mapping[str, Task] | None = None,
@@ -93,12 +95,15 @@ class SourceAttributor:
             raise ConfigError(f"method={method!r} is unknown; choose one of {', '.join(sorted(METHODS))}.")
         if num_samples < 1:
             raise ConfigError(f"num_samples={num_samples}: at least one sampled gradient is needed (1024 is usual).")
+        if draws < 1:
+            raise ConfigError(f"draws={draws}: at least one draw of labels is needed (16 is usual).")
         self.record = record
         self.method = method
         self.curvature_name = curvature
         self.curvature = make_curvature(curvature, tail=tail, memory_budget=memory_budget)
         self.num_samples = num_samples
         self.momentum = momentum
+        self.draws = draws
         self._task = task
         self.data_collator = data_collator
         self.max_tokens_per_batch = max_tokens_per_batch

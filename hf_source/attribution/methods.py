@@ -27,7 +27,7 @@ from ..curvature import CURVATURES
 from ..errors import ConfigError
 from ..gradients import DPOTask, RowGradients
 from ..recording import StageRecord
-from ..source import score_rows, unroll, walk
+from ..source import ExactProducts, SampledProducts, score_rows, unroll, walk
 from .queries import Queries
 
 
@@ -51,12 +51,26 @@ def source(attributor: "SourceAttributor", queries: Queries) -> Scores:
 
 def unrolled(attributor: "SourceAttributor", queries: Queries) -> Scores:
     """Exact derivative of the recorded training (see `source/unrolled.py`); nats. For few queries on short runs."""
+    return _unroll(attributor, queries, ExactProducts())
+
+
+def stepwise(attributor: "SourceAttributor", queries: Queries) -> Scores:
+    """Source with a segment for every step and the optimizer's real moments; nats, for any number of queries.
+
+    Exact unrolling, but for the curvature of a step's batch, which is the Gauss-Newton matrix of labels drawn from the
+    model (`source/products.py`).
+    """
+    return _unroll(attributor, queries, SampledProducts(attributor.draws, attributor.memory_budget))
+
+
+def _unroll(attributor: "SourceAttributor", queries: Queries, products: ExactProducts | SampledProducts) -> Scores:
     return unroll(
         attributor.record.stages,
         attributor.all_rows(),
         lambda gradients: attributor.query_gradients(gradients, queries),
         attributor.walk_settings(),
         attributor.build_model,
+        products,
     )
 
 
@@ -132,6 +146,7 @@ def _words(text: str) -> list[str]:
 
 METHODS: dict[str, Callable[["SourceAttributor", Queries], Scores]] = {
     "source": source,
+    "stepwise": stepwise,
     "unrolled": unrolled,
     "grad-dot": grad_dot,
     "grad-cos": grad_cos,
@@ -142,7 +157,7 @@ METHODS: dict[str, Callable[["SourceAttributor", Queries], Scores]] = {
 NEED_NO_TASK = {"bm25"}
 """Methods that compare texts, so that any record will do."""
 
-SCORES_ARE_NATS = {"source", "unrolled"}
+SCORES_ARE_NATS = {"source", "stepwise", "unrolled"}
 """Methods whose scores are predicted changes of the query's loss, in nats; the others' are unitless."""
 
 

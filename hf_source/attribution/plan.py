@@ -13,6 +13,7 @@
 # limitations under the License.
 """What an attribution will cost, before anything runs: passes, tokens, time, memory."""
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -28,6 +29,10 @@ from .queries import Queries
 
 if TYPE_CHECKING:
     from .attributor import SourceAttributor
+    from .rows import StageRows
+
+
+UNROLLING = ("stepwise", "unrolled")
 
 
 @dataclass
@@ -37,7 +42,7 @@ class StagePlan:
     name: str
     num_rows: int
     num_segments: int
-    sample_passes: int  # over the sampled rows, per segment
+    sample_passes: int  # over the sampled rows, per segment (per step where every step is one)
     sample_tokens: int  # in all passes and segments
     score_tokens: int  # over all segments
 
@@ -93,7 +98,7 @@ def make_plan(attributor: "SourceAttributor", queries: Queries, target: StageRec
     sizes = [parameter.numel() for parameter in gradients.parameters.values()]
     element = next(iter(gradients.parameters.values())).element_size()
     passes = _sample_passes(attributor, sizes, element)
-    plans = [_stage_plan(attributor, stage, passes) for stage in reversed(stages)]
+    plans = [_stage_plan(attributor, stage, passes, len(queries)) for stage in reversed(stages)]
     tokens = sum(plan.sample_tokens + plan.score_tokens for plan in plans)
     seconds = tokens * _seconds_per_token(attributor, gradients, last, queries)
     return Plan(
@@ -114,8 +119,10 @@ def _sample_passes(attributor: "SourceAttributor", sizes: list[int], element: in
     return {"ekfac": 2, "identity": 0, "exact": 1}.get(attributor.curvature_name, 1)
 
 
-def _stage_plan(attributor: "SourceAttributor", stage: StageRecord, passes: int) -> StagePlan:
+def _stage_plan(attributor: "SourceAttributor", stage: StageRecord, passes: int, num_queries: int) -> StagePlan:
     rows = attributor.rows(stage)
+    if attributor.method in UNROLLING:
+        return _unrolling_plan(attributor, stage, rows, num_queries)
     visited = [np.flatnonzero(segment.num_visits()[rows.example]) for segment in stage.segments]
     if attributor.method != "source":
         visited, passes = [rows.trained], 0
@@ -126,10 +133,24 @@ def _stage_plan(attributor: "SourceAttributor", stage: StageRecord, passes: int)
     return StagePlan(stage.name, stage.num_rows, len(visited), passes, sample_tokens, score_tokens)
 
 
+def _unrolling_plan(
+    attributor: "SourceAttributor", stage: StageRecord, rows: "StageRows", num_queries: int
+) -> StagePlan:
+    """Every visit of a row costs about four passes, and what its curvature takes."""
+    visits = sum(segment.num_visits()[rows.example] for segment in stage.segments)
+    tokens = int((visits * rows.lengths).sum())
+    products = attributor.draws if attributor.method == "stepwise" else 2 * num_queries
+    return StagePlan(stage.name, stage.num_rows, stage.num_steps, products, products * tokens, 4 * tokens)
+
+
 def _memory(attributor: "SourceAttributor", sizes: list[int], element: int, num_queries: int) -> dict[str, int]:
     total = sum(sizes) * element
     memory = {"model": total, "query vectors": 3 * num_queries * total}
-    if isinstance(attributor.curvature, JointCurvature):
+    if attributor.method in UNROLLING:
+        steps = max(stage.num_steps for stage in attributor.record.stages)
+        memory["query vectors"] *= 2  # moments of the adjoint beside it, and the products
+        memory["states of the run"] = 3 * 2 * math.isqrt(steps) * total  # weights and two moments
+    elif isinstance(attributor.curvature, JointCurvature):
         largest = attributor.num_samples * max(sizes) * element  # one parameter's columns are never split
         columns = min(attributor.num_samples * total, max(attributor.memory_budget, largest))
         memory["sample columns"] = 2 * columns

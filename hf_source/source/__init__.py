@@ -13,8 +13,19 @@
 # limitations under the License.
 """The Source walk through segments and stages."""
 
+from .products import ExactProducts, SampledProducts
 from .unrolled import unroll
 from .walk import WalkSettings, draw_sample, score_rows, segment_flow, walk, wanted_parameters
 
 
-__all__ = ["WalkSettings", "draw_sample", "score_rows", "segment_flow", "unroll", "walk", "wanted_parameters"]
+__all__ = [
+    "ExactProducts",
+    "SampledProducts",
+    "WalkSettings",
+    "draw_sample",
+    "score_rows",
+    "segment_flow",
+    "unroll",
+    "walk",
+    "wanted_parameters",
+]

@@ -40,13 +40,15 @@ from ..errors import UnsupportedError
 from ..gradients import RowGradients, labels_of
 from ..recording import StageRecord
 from ..recording.optimizers import OptimizerDescription, build_optimizer
+from ..recording.warm import load_optimizer_state
+from .products import ExactProducts
 from .walk import Vectors, WalkSettings, enter_stage, score_rows, wanted_parameters
 
 
 State = dict[str, dict[str, torch.Tensor]]
 """State of the optimizer: parameter name -> key -> tensor."""
 
-DIFFERENTIABLE = ("SGD", "Adam", "AdamW")
+DIFFERENTIABLE = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad")
 
 
 @dataclass
@@ -63,8 +65,13 @@ def unroll(
     query_gradients: Callable[[RowGradients], Vectors],
     settings: WalkSettings,
     models: Callable[[StageRecord], nn.Module],
+    products: Any = None,
 ) -> Iterator[tuple[StageRecord, np.ndarray]]:
     """Score the rows of one stage after another, from the last to the first; takes what `walk` takes.
+
+    Args:
+        stages, rows, query_gradients, settings, models: see `walk`.
+        products: `ExactProducts` (the default) or `SampledProducts`: how vectors are multiplied by a step's curvature.
 
     Yields:
         The stage and its scores, float32 `[queries, rows]`: this process's share (zeros elsewhere).
@@ -91,7 +98,7 @@ def unroll(
             vectors = query_gradients(gradients)
         else:
             vectors = enter_stage(vectors, names, stages, position, gradients)
-        run = RecordedRun(stage, own, gradients, settings)
+        run = RecordedRun(stage, own, gradients, settings, products or ExactProducts())
         scores, vectors = run.backward(vectors)
         vectors = {names[name]: vector for name, vector in vectors.items()}
         del model, gradients, run
@@ -106,10 +113,10 @@ def refuse_inexact(stage: StageRecord) -> None:
             "needs a run that can be repeated. Use method='source', or train with dropout 0."
         )
     rules = {group["rule"] for group in stage.optimizer["groups"] if group["parameters"]}
-    if unknown := sorted(rules - set(DIFFERENTIABLE)):
+    if len(rules) > 1 or not rules <= set(DIFFERENTIABLE):
         raise UnsupportedError(
-            f"Stage {stage.name!r} trained with {', '.join(unknown)}, which cannot be differentiated: "
-            f"method='unrolled' knows {', '.join(DIFFERENTIABLE)}. Use method='source'."
+            f"Stage {stage.name!r} trained with {' and '.join(sorted(rules))}, which cannot be differentiated: "
+            f"method='unrolled' knows one of {', '.join(DIFFERENTIABLE)}. Use method='source'."
         )
 
 
@@ -121,10 +128,14 @@ class RecordedRun:
         rows: its `StageRows`.
         gradients: engine over the wanted parameters (trained here, or in an earlier stage).
         settings: of the walk.
+        products: how vectors are multiplied by a step's curvature.
     """
 
-    def __init__(self, stage: StageRecord, rows: Any, gradients: RowGradients, settings: WalkSettings) -> None:
+    def __init__(
+        self, stage: StageRecord, rows: Any, gradients: RowGradients, settings: WalkSettings, products: Any
+    ) -> None:
         self.stage, self.rows, self.gradients, self.settings = stage, rows, gradients, settings
+        self.products = products
         self.steps = stage.steps()
         self.description = OptimizerDescription.from_dict(stage.optimizer)
         self.trained = {name: gradients.parameters[name] for name in stage.trainable}
@@ -153,13 +164,19 @@ class RecordedRun:
         """The state before every `stride`-th step, in CPU memory."""
         self.stage.load_weights(self.gradients.model, "initial")
         weights = {name: p.detach().clone() for name, p in self.trained.items()}
-        found, snapshot = {}, Snapshot(weights)
+        found, snapshot = {}, Snapshot(weights, self._first_state())
         title = f"replaying {self.stage.name}"
         for step in self.settings.progress(range(len(self.steps)), title):
             if step % self.stride == 0:
                 found[step] = snapshot
             snapshot = self._next(step, snapshot)
         return found
+
+    def _first_state(self) -> State:
+        """What the optimizer brought from earlier training."""
+        optimizer = build_optimizer(self.description, self.trained)
+        load_optimizer_state(self.stage, optimizer, self.trained)
+        return {name: dict(optimizer.state[p]) for name, p in self.trained.items() if optimizer.state[p]}
 
     def _replay(self, snapshot: Snapshot, first: int, last: int) -> dict[int, Snapshot]:
         """The states before the steps `first` to `last`."""
@@ -202,17 +219,13 @@ class RecordedRun:
         return total
 
     def _differentiate(
-        self,
-        batch: Mapping[str, torch.Tensor],
-        wanted: Mapping[str, nn.Parameter],
-        normalizer: float,
-        graph: bool = False,
+        self, batch: Mapping[str, torch.Tensor], wanted: Mapping[str, nn.Parameter], normalizer: float
     ) -> dict[str, torch.Tensor]:
-        """Gradient of the batch's summed loss over the normalizer; `graph` keeps it differentiable."""
+        """Gradient of the batch's summed loss over the normalizer."""
         gradients, task = self.gradients, self.gradients.task
         with gradients._requiring_grad(list(wanted.values())), torch.enable_grad():
             loss = task.row_losses(task.forward(gradients.model, batch), labels_of(batch)).sum() / normalizer
-            grads = torch.autograd.grad(loss, list(wanted.values()), create_graph=graph, allow_unused=True)
+            grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
         return {name: grad for name, grad in zip(wanted, grads, strict=True) if grad is not None}
 
     def _update(self, snapshot: Snapshot, gradient: Mapping[str, torch.Tensor], rates: Sequence[float]) -> Snapshot:
@@ -255,22 +268,28 @@ class RecordedRun:
         gradient = self._gradient(step, snapshot)
         factor, slope = self._clip(step, gradient)
         clipped = {name: part * factor for name, part in gradient.items()}
-        before, moments, forces = self._through_update(step, snapshot, clipped, adjoint, moments)
+        before, moments, forces, step_sizes = self._through_update(step, snapshot, clipped, adjoint, moments)
         if slope:
             along = sum((force * gradient[name]).flatten(1).sum(dim=1) for name, force in forces.items())
             forces = {
                 name: factor * force + slope * along.view(-1, *[1] * gradient[name].dim()) * gradient[name]
                 for name, force in forces.items()
             }
+            step_sizes = {name: factor * size for name, size in step_sizes.items()}
         adjoint = {name: before.get(name, vector) for name, vector in adjoint.items()}
         self._load(snapshot)
+        flowing = forces
         mine, count = self.settings.share
         for position, (numbers, batch, normalizer) in enumerate(self._micro_batches(step)):
             if position % count == mine:
                 dots = score_rows(self.gradients, batch, forces).double().numpy()
                 np.subtract.at(scores, (slice(None), numbers), dots / normalizer)
-            for name, part in self._hessian_products(batch, forces, normalizer).items():
+            seed = self.settings.seed + 7919 * step + 31 * position
+            found = self.products(self.gradients, batch, flowing, normalizer, step_sizes, seed)
+            for name, part in found.items():
                 adjoint[name] = adjoint[name] + part
+            if not self.products.exact:  # a flow through one micro-batch after the other
+                flowing = {n: h - step_sizes[n] * found[n] if n in found else h for n, h in flowing.items()}
         return adjoint, moments
 
     def _through_update(self, step, snapshot, gradient, adjoint, moments):
@@ -308,24 +327,17 @@ class RecordedRun:
         earlier: dict[str, dict[str, torch.Tensor]] = {}
         for (name, key), part in zip(slots, found[len(weights) + len(forces) :], strict=True):
             earlier.setdefault(name, {})[key] = _zero_where_untouched(part, gradient.get(name))
-        return before, earlier, pulled
+        return before, earlier, pulled, self._step_sizes(after, rates)
 
-    def _hessian_products(
-        self, batch: Mapping[str, torch.Tensor], forces: Vectors, normalizer: float
-    ) -> dict[str, torch.Tensor]:
-        """`H h` of one micro-batch for every query: `[queries, *parameter.shape]` on every wanted parameter."""
-        wanted = self.gradients.parameters
-        with self.gradients._requiring_grad(list(wanted.values())):
-            grads = self._differentiate(batch, wanted, normalizer, graph=True)
-            names = [name for name in forces if name in grads and grads[name].requires_grad]
-            found = torch.autograd.grad(
-                [grads[name] for name in names],
-                list(wanted.values()),
-                [forces[name] for name in names],
-                is_grads_batched=True,
-                allow_unused=True,
-            )
-        return {name: part for name, part in zip(wanted, found, strict=True) if part is not None}
+    def _step_sizes(self, after: Snapshot, rates: Mapping[str, float]) -> dict[str, torch.Tensor]:
+        """`eta P` of an update by name, 0-dim or of the parameter's shape; moments held fixed."""
+        sizes = {}
+        for group in self.description.groups:
+            for name in group.parameters:
+                state = {key: value.detach() for key, value in after.state[name].items() if value is not None}
+                weight, made = after.weights[name].detach(), group.how.updates_made(state)
+                sizes[name] = rates[name] * group.how.preconditioner(weight, state, group.constants, made)
+        return sizes
 
 
 def _start_buffers(optimizer: torch.optim.SGD) -> None:

@@ -299,3 +299,21 @@ def _fingerprint(dataset):
     from hf_source.data import content_fingerprint
 
     return content_fingerprint(dataset)
+
+
+@pytest.mark.parametrize(
+    ("settings", "products"), [({"method": "stepwise", "draws": 3}, 3), ({"method": "unrolled"}, 4)]
+)
+def test_plan_of_unrolling_counts_every_visit(story, queries, settings, products):
+    plan = attributor(story, **settings).plan(None, queries, stage="sft")
+    stage = story.stage("sft")
+    visited = sum(len(batch.rows) for step in stage.steps().micro_batches for batch in step)
+    (part,) = plan.stages
+    assert part.num_segments == stage.num_steps and part.sample_passes == products
+    assert part.sample_tokens * 4 == part.score_tokens * products and part.score_tokens > 4 * visited
+    assert "states of the run" in plan.memory
+
+
+def test_draws_must_be_positive(story):
+    with pytest.raises(ConfigError, match="draws=0.*16 is usual"):
+        attributor(story, method="stepwise", draws=0)
