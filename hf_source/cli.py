@@ -216,6 +216,8 @@ def attribute(
         from .outputs.tables import describe_columns
 
         typer.echo(f"Wrote {out}: {describe_columns(scored, asked.names)}.")
+        if attributor.note:
+            typer.echo(attributor.note)
 
 
 @app.command()

@@ -79,6 +79,29 @@ def verify(
         typer.echo(f"{found.path}: {files} files and {sum(s.num_steps for s in found.stages)} steps are as recorded.")
 
 
+@record_app.command("from-checkpoints")
+def from_checkpoints(
+    checkpoints: Annotated[list[str], typer.Argument(help="Checkpoint folders of one run, or ids on the Hub.")],
+    recipe: Annotated[
+        Path,
+        typer.Option(help="YAML recipe as for `train`: the run's model, dataset and training settings."),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", "-s", help="Overrides, e.g. training.learning_rate=1e-4; repeatable.")
+    ] = None,
+) -> None:
+    """Rebuild a record from checkpoints of a run that was not recorded. Visits are then assumed uniform.
+
+    The recipe's `model` is the one that training started from; record_dir, stage and num_segments are read from its
+    `training`.
+    """
+    with friendly_errors():
+        from .recipes import read_recipe, record_from_recipe
+
+        record = record_from_recipe(read_recipe(recipe, overrides or []), checkpoints)
+        typer.echo(f"Rebuilt {record.stages[-1]} in {record.path}.")
+
+
 @record_app.command()
 def push(
     record: Folder,

@@ -113,9 +113,43 @@ def train_from_recipe(recipe: Mapping[str, Any]) -> Path:
     Raises:
         ConfigError: if the recipe lacks something or a setting is unknown.
     """
+    from .recording import SourceTrainer
+
+    args, model, tokenizer, rows = _run_of(recipe)
+    SourceTrainer(model, args, train_dataset=rows, processing_class=tokenizer).train()
+    return Path(args.record_dir)
+
+
+def record_from_recipe(recipe: Mapping[str, Any], checkpoints: Sequence[str]) -> Any:
+    """Rebuild the record of the run that a recipe describes from its checkpoints.
+
+    Returns:
+        The `TrainingRecord`.
+
+    Raises:
+        ConfigError: if the recipe lacks something or a setting is unknown.
+    """
+    from .recording import TrainingRecord
+
+    args, model, tokenizer, rows = _run_of(recipe)
+    options = ("stage", "segment_boundaries", "record_rows", "max_length", "overwrite_stage")
+    return TrainingRecord.from_checkpoints(
+        checkpoints,
+        dataset=rows,
+        args=args,
+        record_dir=args.record_dir or Path(args.output_dir) / "record",
+        model=model,
+        processing_class=tokenizer,
+        num_segments=recipe["training"].get("num_segments"),
+        **{option: getattr(args, option) for option in options},
+    )
+
+
+def _run_of(recipe: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
+    """Settings, model, tokenizer and rows of a recipe."""
     from transformers import set_seed
 
-    from .recording import SourceConfig, SourceTrainer
+    from .recording import SourceConfig
 
     for key in ("dataset", "training"):
         if not recipe.get(key):
@@ -130,9 +164,7 @@ def train_from_recipe(recipe: Mapping[str, Any]) -> Path:
         raise ConfigError(f"The `training` settings do not fit together: {_one_line(error)}") from error
     set_seed(args.seed)  # the weights of a model from scratch, and of adapters
     model, tokenizer = load_model(recipe)
-    trainer = SourceTrainer(model, args, train_dataset=load_rows(recipe["dataset"]), processing_class=tokenizer)
-    trainer.train()
-    return Path(args.record_dir)
+    return args, model, tokenizer, load_rows(recipe["dataset"])
 
 
 def load_model(recipe: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -11,17 +11,20 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`hf-source record show | verify | push | pull`."""
+"""`hf-source record show | verify | push | pull | from-checkpoints`."""
 
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
+from datasets import Dataset
 from typer.testing import CliRunner
 
 from hf_source.cli import app
 
+from .cases import byte_tokenizer, config, tiny_gpt2
 from .fake_hub import TOKEN
 
 
@@ -41,7 +44,7 @@ def folder(tmp_path):
     return Path(shutil.copytree(V1, tmp_path / "record"))
 
 
-@pytest.mark.parametrize("command", ["show", "verify", "push", "pull"])
+@pytest.mark.parametrize("command", ["show", "verify", "push", "pull", "from-checkpoints"])
 def test_help(command):
     assert f"record {command}" in call(command, "--help")
 
@@ -108,3 +111,34 @@ def test_push_and_pull(hub, folder, tmp_path, monkeypatch):
 
 def test_no_record(tmp_path):
     assert "record.json does not exist" in call("show", tmp_path, code=1)
+
+
+def test_from_checkpoints(tmp_path):
+    """From the recipe that trained the run, and the checkpoints that it left."""
+    start = tiny_gpt2(vocab_size=257)
+    start.save_pretrained(tmp_path / "start")
+    byte_tokenizer().save_pretrained(tmp_path / "start")
+    Dataset.from_dict({"text": ["Peru: Lima.", "Cuba: Havana.", "Fiji: Suva.", "Oman: Muscat."]}).to_json(
+        str(tmp_path / "rows.jsonl")
+    )
+    settings = config(tmp_path).to_dict()
+    keys = ("per_device_train_batch_size", "learning_rate", "use_cpu", "disable_tqdm")
+    training = {key: settings[key] for key in keys} | {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    training |= {"output_dir": str(tmp_path / "out"), "record_dir": str(tmp_path / "record"), "stage": "pretrain"}
+    recipe = {"model": str(tmp_path / "start"), "dataset": str(tmp_path / "rows.jsonl"), "training": training}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert CliRunner().invoke(app, ["train", str(tmp_path / "recipe.yaml")]).exit_code == 0
+    folders = [tmp_path / "out" / f"checkpoint-{step}" for step in (2, 4, 6)]
+    other = f"training.record_dir={tmp_path / 'rebuilt'}"
+    out = call("from-checkpoints", *folders, "--recipe", tmp_path / "recipe.yaml", "--set", other)
+    assert "Rebuilt StageRecord('pretrain', 6 steps, 2 segments, complete, visits assumed uniform)" in out
+    out = call("show", tmp_path / "rebuilt")
+    assert "pretrain complete assumed uniform 6 4" in out
+    assert "visits are assumed uniform, not recorded. Assumed: - every row was trained on equally often" in out
+    assert "not compared with a replay, its visits are assumed uniform" in call("verify", tmp_path / "rebuilt")
+    asked = [str(tmp_path / "rebuilt"), "--prompt", "Peru:", "--completion", " Lima", "--method", "grad-dot"]
+    result = CliRunner().invoke(app, ["attribute", *asked, "--out", str(tmp_path / "scored.parquet")])
+    assert "Visits are assumed uniform" in " ".join(result.stdout.split())
+    assert "Visits are assumed uniform" in " ".join(CliRunner().invoke(app, ["top", *asked]).stdout.split())
+    again = call("from-checkpoints", *folders, "--recipe", tmp_path / "recipe.yaml", code=1)
+    assert "has a stage 'pretrain' already" in again

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
@@ -29,14 +30,18 @@ from tqdm.auto import tqdm
 from ..data import CausalLMCollator
 from ..errors import ConfigError, DataError, UnsupportedError
 from ..gradients import CausalLMTask, RowGradients, RowLossTask, Seq2SeqTask, Task, is_known, task_for
-from ..outputs.columns import add_score_columns, check_names, top_table
+from ..outputs.columns import add_score_columns, check_names, top_table, with_note
 from ..recording import StageRecord, TrainingRecord
+from ..recording.assumed import visits_note
 from ..recording.quantized import keep_differentiable
 from ..source import WalkSettings
 from .methods import METHODS, NEED_NO_TASK, make_curvature
 from .plan import Plan, make_plan
 from .queries import Queries
 from .rows import StageRows, collate
+
+
+logger = get_logger(__name__)
 
 
 class SourceAttributor:
@@ -98,6 +103,9 @@ class SourceAttributor:
         if draws < 1:
             raise ConfigError(f"draws={draws}: at least one draw of labels is needed (16 is usual).")
         self.record = record
+        self.note = visits_note(record.stages)
+        if self.note:
+            logger.warning(self.note)
         self.method = method
         self.curvature_name = curvature
         self.curvature = make_curvature(curvature, tail=tail, memory_budget=memory_budget)
@@ -374,7 +382,8 @@ class SourceAttributor:
 
         Returns:
             The dataset with `source_row` (int64, the row's number in training) and one float32 column
-            `source_<name>` per query, ready for `sort`, `filter` and `push_to_hub`.
+            `source_<name>` per query, ready for `sort`, `filter` and `push_to_hub`. Its `info.description` says on
+            what assumption the scores rest, if any.
 
         Raises:
             DataError: also if a column of that name exists.
@@ -384,7 +393,9 @@ class SourceAttributor:
         if not return_scores:
             check_names(rows.given, queries.names)
         scores = self.scores(dataset, queries, stage)
-        return scores if return_scores else add_score_columns(rows.given, scores, queries.names)
+        if return_scores:
+            return scores
+        return with_note(add_score_columns(rows.given, scores, queries.names), self.note)
 
     def top(
         self, queries: Queries, k: int = 10, opposing: bool = True, stages: Iterable[str] | None = None
@@ -398,7 +409,8 @@ class SourceAttributor:
             stages: names of the stages wanted; all by default.
 
         Returns:
-            Columns `query`, `stage`, `row`, `rank`, `score`, `text`.
+            Columns `query`, `stage`, `row`, `rank`, `score`, `text`. Its `info.description` says on what assumption
+            the scores rest, if any.
         """
         wanted = [self.record.stage(name) for name in (stages or [stage.name for stage in self.record.stages])]
         parts = []
@@ -408,7 +420,7 @@ class SourceAttributor:
             text = partial(rows.text, processing_class=self.processing_class)
             # Rows that the Trainer filtered out have a number, but no score.
             parts.append((stage.name, scores[:, rows.trained_rows], rows.trained_rows, text))
-        return top_table(parts, queries.names, k, opposing)
+        return with_note(top_table(parts, queries.names, k, opposing), self.note)
 
     def plan(self, dataset: Dataset | None, queries: Queries, stage: str | None = None) -> Plan:
         """What an attribution will cost, from a short calibration; nothing else is run."""

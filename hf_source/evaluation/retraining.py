@@ -30,6 +30,7 @@ from torch.func import functional_call, grad, vmap
 from ..data import CausalLMCollator, take_rows
 from ..gradients import CausalLMTask, RowLossTask, Task, batch_to, task_for
 from ..recording import StageRecord, canonical_name
+from ..recording.assumed import require_recorded_visits
 from ..recording.optimizers import OptimizerDescription, build_optimizer
 
 
@@ -93,6 +94,7 @@ def retrain(
     Returns:
         The model skeleton, and the parameters in which copies differ, name -> `[copies, *shape]`.
     """
+    require_recorded_visits(stage, "trained again")
     task = task or task_for(stage)
     collate = data_collator or CausalLMCollator()
     model = stage.build_model(dtype).eval()

@@ -103,3 +103,10 @@ def top_table(
                     columns[key].append(value)
     columns["score"] = np.asarray(columns["score"], dtype=np.float32)
     return Dataset.from_dict(columns)
+
+
+def with_note(dataset: Dataset, note: str) -> Dataset:
+    """The dataset with a sentence in its description that says how its scores came about."""
+    if note:
+        dataset.info.description = "\n".join(part for part in (dataset.info.description, note) if part)
+    return dataset

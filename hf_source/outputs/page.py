@@ -76,6 +76,7 @@ def write_page(
         title=title,
         answers=_answers(queries, top, marked or {}),
         unit=unit,
+        note=top.info.description,
         summary=summary or {},
         curves=[
             {

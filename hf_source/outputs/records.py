@@ -34,7 +34,9 @@ def print_record(console: Console, record: TrainingRecord) -> None:
     for stage in record.stages:
         _line(console, f"{stage.name}: {_optimizer(stage)}; initial weights from {_origin(stage)}")
         if stage.data["visits"] != "recorded":
-            _line(console, f"{stage.name}: visits are {stage.data['visits']}, not recorded")
+            _line(console, f"{stage.name}: visits are {stage.data['visits']}, not recorded. Assumed:")
+            for assumption in stage.data.get("assumptions", []):
+                _line(console, f"  - {assumption}")
         if attempts := stage.data.get("attempts"):
             steps = ", ".join(str(attempt["first_step"]) for attempt in attempts)
             _line(console, f"{stage.name}: resumed from step {steps}")

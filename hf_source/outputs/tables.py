@@ -36,6 +36,8 @@ def print_top(
         marked: `(query, stage, row)` -> a note to put beside the row.
     """
     rows = list(top)
+    if top.info.description:
+        console.print(Text(_shown(top.info.description), "yellow"))
     for name, prompt, completion in queries:
         console.print()
         said = (_shown(completion), "bold yellow")

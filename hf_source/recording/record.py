@@ -13,7 +13,7 @@
 # limitations under the License.
 """Reading a training record."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +126,66 @@ class TrainingRecord:
         for files in self._file_lists():
             for name in files:
                 self.check_size(files, name)
+
+    @classmethod
+    def from_checkpoints(
+        cls,
+        checkpoints: Sequence[str | Path],
+        *,
+        dataset: Any,
+        args: Any,
+        record_dir: str | Path,
+        model: Any = None,
+        processing_class: Any = None,
+        data_collator: Any = None,
+        stage: str = "train",
+        num_segments: int | None = None,
+        segment_boundaries: Sequence[Any] | None = None,
+        record_rows: bool = True,
+        max_length: int | None = None,
+        overwrite_stage: bool = False,
+    ) -> "TrainingRecord":
+        """Build a record, or its next stage, from checkpoints of a run that was not recorded.
+
+        Learning rates are computed by the run's own scheduler and compared with every checkpoint; preconditioners come
+        from `optimizer.pt`. Which row was trained on when is not known: visits are *assumed uniform*, and everything
+        that is made of the record says so.
+
+        Args:
+            checkpoints: folders (or Hub ids, `user/name@revision`) that one run of a Trainer left.
+            dataset: its rows, as the Trainer took them.
+            args: its `TrainingArguments`, or a dictionary of its settings; `training_args.bin` is not read.
+            record_dir: folder of the record.
+            model: the model that training started from, with the same parameters frozen, or its path or Hub id; may be
+                left out if a checkpoint is of step 0.
+            processing_class, data_collator: those of the run.
+            stage: name of the stage.
+            num_segments: segments of equal summed learning rate; each must hold a checkpoint. Default: up to 3.
+            segment_boundaries: own cuts, see `SourceConfig`.
+            record_rows, max_length, overwrite_stage: see `SourceConfig`.
+
+        Raises:
+            RecordError: if checkpoints, model, dataset and args do not fit together; names what differs.
+            ConfigError, DataError, UnsupportedError: if something is missing, or cannot be rebuilt.
+        """
+        from .from_checkpoints import record_from_checkpoints
+
+        record_from_checkpoints(
+            checkpoints,
+            dataset=dataset,
+            args=args,
+            record_dir=record_dir,
+            model=model,
+            processing_class=processing_class,
+            data_collator=data_collator,
+            stage=stage,
+            num_segments=num_segments,
+            segment_boundaries=segment_boundaries,
+            record_rows=record_rows,
+            max_length=max_length,
+            overwrite_stage=overwrite_stage,
+        )
+        return cls.load(record_dir)
 
     def stage(self, name: str | None = None) -> StageRecord:
         """The stage of a name; `None` for the only one.

@@ -27,6 +27,7 @@ import torch
 from ..data import ROW, CausalLMCollator, take_rows
 from ..errors import DataError, UnsupportedError
 from ..gradients import DPOTask, PairTask, task_for
+from .assumed import require_recorded_visits
 from .matching import match_rows
 from .models import predicted_labels
 from .optimizers import OptimizerDescription, build_optimizer
@@ -72,6 +73,7 @@ def replay(
         DataError: if the dataset is not the one that was recorded, or the mask does not fit it.
         UnsupportedError: if the loss was a function that the record cannot hold.
     """
+    require_recorded_visits(stage, "replayed")
     if stage.loss["custom_function"]:
         raise UnsupportedError(
             f"Stage '{stage.name}' trained with a compute_loss_func, which the record does not hold, so it cannot be "

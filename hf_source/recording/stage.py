@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ..errors import RecordError
+from .assumed import uniform_objective_scale, uniform_visits, uniform_weights, visits_are_recorded
 from .freezing import frozen_at
 from .models import is_prompt_learning
 from .momentum import applied_learning_rate
@@ -128,6 +129,8 @@ class SegmentRecord:
         transformers 5.23 counts the first token of each row too for GPT-2, though it is never predicted. Curvature of
         the mean loss is to be multiplied by this number.
         """
+        if not visits_are_recorded(self.stage):
+            return uniform_objective_scale(self)
         steps = self.stage.steps()
         batches, step = steps._batches(self.first_step, self.end_step)
         share = batches.field("items").to_numpy() / batches.field("normalizer").to_numpy()
@@ -136,6 +139,8 @@ class SegmentRecord:
 
     def row_weights(self) -> np.ndarray:
         """float64 `[num_examples]`: sum over the row's visits in the segment of `eta c / normalizer`."""
+        if not visits_are_recorded(self.stage):
+            return uniform_weights(self.stage, self.effective_learning_rate_sum)
         visits = self.stage.steps().visits(self.first_step, self.end_step)
         return np.bincount(visits["row"], weights=visits["weight"], minlength=self.stage.num_examples)
 
@@ -169,11 +174,15 @@ class SegmentRecord:
 
     def _weights_at(self, rates: np.ndarray) -> np.ndarray:
         steps, first = self.stage.steps(), int(np.argmax(rates > 0))
+        if not visits_are_recorded(self.stage):
+            return uniform_weights(self.stage, float((rates * steps.clip_factor[: self.end_step]).sum()))
         visits = steps.visits(first, self.end_step, rates * steps.clip_factor[: self.end_step])
         return np.bincount(visits["row"], weights=visits["weight"], minlength=self.stage.num_examples)
 
     def num_visits(self) -> np.ndarray:
-        """int64 `[num_examples]`: how often each row was trained on in the segment."""
+        """`[num_examples]`: how often each row was trained on in the segment; float64 expectations if not recorded."""
+        if not visits_are_recorded(self.stage):
+            return uniform_visits(self)
         visits = self.stage.steps().visits(self.first_step, self.end_step)
         return np.bincount(visits["row"], minlength=self.stage.num_examples)
 
@@ -221,7 +230,9 @@ class StageRecord:
         self.path = record.path / stage_folder(self.index, self.name)
 
     def __repr__(self) -> str:
-        return f"StageRecord({self.name!r}, {self.num_steps} steps, {len(self.segments)} segments, {self.status})"
+        visits = "" if visits_are_recorded(self) else f", visits {self.data['visits']}"
+        count = f"{self.num_steps} steps, {len(self.segments)} segments"
+        return f"StageRecord({self.name!r}, {count}, {self.status}{visits})"
 
     def steps(self) -> StepTable:
         """Every optimizer step of the stage."""

@@ -81,7 +81,7 @@ def start_recorder(
         if resume_folder is not None:
             return _resumed_stage(options, stage, resume_folder).stage
         stage["planned_segment_starts"] = _plan_segments(trainer, options, description)
-        writer = _new_stage(trainer, options, stage, weights)
+        writer = new_stage(trainer, options, stage, weights)
         _store_moments(optimizer, names, writer)
         return writer.stage
 
@@ -211,7 +211,7 @@ def _plan_segments(trainer: Any, options: RecordingOptions, description: Optimiz
     return plan_segments(num_steps, rates, options.num_segments, options.segment_boundaries)
 
 
-def _new_stage(
+def new_stage(
     trainer: Any, options: RecordingOptions, stage: dict[str, Any], weights: Mapping[str, torch.Tensor]
 ) -> RecordWriter:
     """Append the stage to the record, or put it in the place of the one it overwrites."""

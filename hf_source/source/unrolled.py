@@ -39,6 +39,7 @@ from torch import nn
 from ..errors import UnsupportedError
 from ..gradients import RowGradients, labels_of
 from ..recording import StageRecord
+from ..recording.assumed import require_recorded_visits
 from ..recording.optimizers import OptimizerDescription, build_optimizer
 from ..recording.warm import load_optimizer_state
 from .products import ExactProducts
@@ -107,6 +108,7 @@ def unroll(
 
 def refuse_inexact(stage: StageRecord) -> None:
     """Raise if the stage's steps cannot be repeated exactly, or not be differentiated."""
+    require_recorded_visits(stage, "unrolled")
     if stage.training.get("dropout"):
         raise UnsupportedError(
             f"Stage {stage.name!r} trained with dropout, whose masks the record does not hold: method='unrolled' "
