@@ -21,6 +21,9 @@ from .preference import DPOTask, RewardTask
 from .task import CausalLMTask, Seq2SeqTask, Task
 
 
+IN_BATCH = "in_batch"
+"""`loss["kind"]` of losses between the rows of a batch: none of them has a loss of its own, whoever asks."""
+
 TASKS: dict[str, Callable[[Mapping[str, Any]], Task]] = {
     "causal_lm": lambda settings: CausalLMTask(**settings),
     "seq2seq_lm": lambda settings: Seq2SeqTask(**settings),
@@ -55,6 +58,8 @@ def task_for(stage: Any) -> Task:
     reason = _reason(stage)
     if reason is None:
         return TASKS[stage.loss["kind"]](stage.loss.get("settings", {}))
+    if stage.loss["kind"] == IN_BATCH:
+        raise UnsupportedError(f"The rows of stage {stage.name!r} cannot be attributed: {reason}.")
     raise UnsupportedError(
         f"The loss of a row in stage {stage.name!r} is not known ({reason}), so its rows cannot be "
         "attributed before you say what it is:\n\n"

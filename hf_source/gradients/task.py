@@ -112,9 +112,10 @@ class RowLossTask:
 
 
 def labels_of(batch: Batch) -> torch.Tensor:
-    """The batch's labels; zeros `[rows]` where it has none."""
-    if "labels" in batch:
-        return batch["labels"]
+    """The batch's `labels` or `label`; zeros `[rows]` where it has neither."""
+    for name in ("labels", "label"):
+        if name in batch:
+            return batch[name]
     first = next(iter(batch.values()))
     return torch.zeros(len(first), dtype=torch.int64, device=first.device)
 

@@ -46,6 +46,10 @@ def _kind(trainer: Any) -> tuple[str, dict[str, Any], str | None]:
     owner = loss_owner(trainer)
     if owner is Trainer:
         return _model_loss(trainer)
+    if owner.__module__.startswith("sentence_transformers.") and isinstance(
+        getattr(trainer, "loss", None), (torch.nn.Module, Mapping)
+    ):
+        return _embedding_loss(trainer)
     if owner.__module__.startswith("trl.") and owner.__name__ in _OF_TRL:
         return _OF_TRL[owner.__name__](trainer)
     return "compute_loss", {}, f"{owner.__qualname__} has its own compute_loss"
@@ -57,6 +61,25 @@ def _sft_loss(trainer: Any) -> tuple[str, dict[str, Any], str | None]:
         return "causal_lm", _causal_settings(trainer), None
     reason = "weighs each token's loss by its probability" if trainer.args.loss_type == "dft" else "is another loss"
     return trainer.args.loss_type, {}, f"loss_type='{trainer.args.loss_type}' {reason}: train with loss_type='nll'"
+
+
+def _embedding_loss(trainer: Any) -> tuple[str, dict[str, Any], str | None]:
+    """Sentence-transformers: whatever loss module the trainer was given."""
+    losses = trainer.loss.values() if isinstance(trainer.loss, Mapping) else [trainer.loss]
+    names = sorted({type(loss).__name__ for loss in losses})
+    between = [name for name in names if name not in _LOSSES_OF_ONE_ROW]
+    if between:
+        return (
+            "in_batch",
+            {},
+            f"its {', '.join(between)} compares each row with the others of its batch, so that a row has no loss of "
+            "its own. Train with a loss of single pairs, such as CosineSimilarityLoss, to attribute them",
+        )
+    return "compute_loss", {}, f"it is sentence-transformers' {', '.join(names)}"
+
+
+_LOSSES_OF_ONE_ROW = {"CosineSimilarityLoss", "ContrastiveLoss", "MarginMSELoss", "MSELoss", "TripletLoss"}
+"""Losses of sentence-transformers that are a mean over rows."""
 
 
 def _reward_loss(trainer: Any) -> tuple[str, dict[str, Any], str | None]:

@@ -38,6 +38,12 @@ class RowCollator:
     def __init__(self, collator: Callable[[list], Any]) -> None:
         self.collator = collator
 
+    def __getattr__(self, name: str) -> Any:
+        """Trainers read settings of their collator (sentence-transformers: which columns are labels)."""
+        if name == "collator":  # not there yet, when a dataloader's worker copies the object
+            raise AttributeError(name)
+        return getattr(self.collator, name)
+
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> Any:
         """Collate rows."""
         if not all(isinstance(feature, Mapping) and ROW in feature for feature in features):

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 ROWS_FILE = "rows.parquet"
 _BATCH = 4096
 
-# What trains and what people read. Other columns stay with their owner.
+# What trains and what people read of prepared rows. Other columns stay with their owner.
 _COLUMNS = (*TRAINED_COLUMNS, "seq_lengths", *REFERENCE, "attention_mask", "text", "prompt", "completion", ROW)
 
 
@@ -56,7 +56,9 @@ def write_rows(dataset: Any, writer: RecordWriter, store: bool = True) -> None:
     if store and isinstance(dataset, RowDataset):
         tables: Iterable[pa.Table] = _tables(dataset)
     elif isinstance(dataset, datasets.Dataset):
-        columns = [name for name in _COLUMNS if name in dataset.column_names]
+        prepared = any(name in dataset.column_names for name in TRAINED_COLUMNS)
+        # Rows that the collator tokenises (sentence-transformers) are stored as they are.
+        columns = [name for name in dataset.column_names if not prepared or name in _COLUMNS]
         columns = columns if store else [ROW]
         if not store and len(dataset) == writer.stage["dataset"]["num_rows"]:
             return
