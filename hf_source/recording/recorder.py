@@ -147,7 +147,8 @@ class StageRecorder:
         self.inside_update = False
         self.step += 1
         if is_sampled(self.step):
-            sample = sample_weights(list(self.accumulator.parameters.values()))
+            weights = whole_tensors(self.accumulator.parameters, keep=self.processes.is_main)
+            sample = sample_weights(list(weights.values()))
             step["weights"] = None if sample is None else sample.tolist()
         if self.step in self.segment_starts:
             self._close_segment()

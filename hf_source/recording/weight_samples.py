@@ -39,9 +39,9 @@ def sample_weights(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
         tensors: trained weights, in the order of `stage.trainable`.
 
     Returns:
-        float64 `[values]` on the CPU; `None` if there is no tensor, or this process holds only a part of one.
+        float64 `[values]` on the CPU; `None` if there is no tensor (on processes that do not write).
     """
-    if not tensors or any(hasattr(tensor, "full_tensor") for tensor in tensors):
+    if not tensors:
         return None
     each = max(1, _ENTRIES // len(tensors))
     values = []
