@@ -32,6 +32,7 @@ from ..gradients import CausalLMTask, RowLossTask, Task, batch_to, task_for
 from ..recording import StageRecord, canonical_name
 from ..recording.assumed import require_recorded_visits
 from ..recording.optimizers import OptimizerDescription, build_optimizer
+from ..recording.warm import refuse_moments
 
 
 Stacked = dict[str, torch.Tensor]
@@ -95,6 +96,7 @@ def retrain(
         The model skeleton, and the parameters in which copies differ, name -> `[copies, *shape]`.
     """
     require_recorded_visits(stage, "trained again")
+    refuse_moments(stage, "retraining many copies at once")
     task = task or task_for(stage)
     collate = data_collator or CausalLMCollator()
     model = stage.build_model(dtype).eval()

@@ -141,25 +141,27 @@ class StreamRows:
         """Forget micro-batches whose gradient was thrown away."""
         self._waiting.clear()
 
-    def gather(self, end_step: int) -> list[dict[str, Any]]:
-        """The rows that were first seen since the last flush, in complete steps, of all processes."""
+    def gather(self, end_step: int) -> list[list[dict[str, Any]]]:
+        """The rows that each process has first seen since the last flush, in complete steps."""
         self.processes.agree(self._raise_failure)
         done = [entry for entry in self._new if entry["step"] < end_step]
         self._new, self._new_tokens = self._new[len(done) :], 0
-        if self.processes.count == 1:
-            return done
-        others = [entry for part in gather_object([done])[1:] for entry in part]
-        if self.processes.is_main:
-            # What another process saw may have been seen here as well.
-            done += [entry for entry in others if self._note(entry[ROW], entry["hash"], entry["step"])]
-        return sorted(done, key=lambda entry: entry["step"])
+        return [done] if self.processes.count == 1 else gather_object([done])
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
 
-    def write(self, entries: Sequence[Mapping[str, Any]], end_step: int) -> None:
-        """Write what was gathered."""
+    def write(self, gathered: Sequence[Sequence[Mapping[str, Any]]], end_step: int) -> None:
+        """Write what was gathered.
+
+        Raises:
+            UnsupportedError: if processes saw different rows under one number.
+        """
+        entries = list(gathered[0]) if gathered else []
+        for others in gathered[1:]:  # what another process saw may have been seen here as well
+            entries += [entry for entry in others if self._note(entry[ROW], entry["hash"], entry["step"])]
+        entries.sort(key=lambda entry: entry["step"])
         for entry in entries:
             self._count(entry[ROW], entry["hash"])
         if entries:

@@ -75,3 +75,16 @@ def load_optimizer_state(
     for key, values in start["scalars"].items():
         for name, value in values.items():
             optimizer.state[parameters[name]][key] = value
+
+
+def refuse_moments(stage: "StageRecord", what: str) -> None:
+    """Raise if the stage began with moments of earlier training, for methods that start an optimizer afresh.
+
+    Raises:
+        UnsupportedError: naming what cannot be done.
+    """
+    if stage.data.get("optimizer_start") is not None:
+        raise UnsupportedError(
+            f"Stage {stage.name!r} began with moments that its optimizer brought from earlier training, which {what} "
+            "does not carry. Train each stage with a trainer of its own, or use method='source' and replay."
+        )

@@ -21,6 +21,7 @@ from spy import Spy, recorded
 from transformers import TrainerCallback
 
 from hf_source.errors import RecordError, UnsupportedError
+from hf_source.evaluation.retraining import retrain
 from hf_source.recording import SourceTrainer, TrainingRecord, replay
 
 
@@ -157,6 +158,16 @@ def test_adams_bias_correction_is_over_when_a_stage_starts_warm(tmp_path):
     by_hand = sum((0.1 * 0.9 ** (j - made[made <= j])).sum() / (1 - 0.9**j) for j in made) / 6
     assert shares[1] == pytest.approx(by_hand, rel=0.05)  # clip factors differ from step to step
     assert shares[1] < 0.75 * shares[0]
+
+
+def test_what_starts_an_optimizer_afresh_refuses_a_stage_that_starts_warm(tmp_path):
+    trainer = new_trainer(tmp_path, stage="one", max_steps=3)
+    trainer.train()
+    trainer.args.stage = "two"
+    trainer.train()
+    stages = TrainingRecord.load(tmp_path / "record").stages
+    with pytest.raises(UnsupportedError, match="Stage 'two' began with moments.*a trainer of its own"):
+        retrain(stages[1], random_rows(), np.ones((1, 22), dtype=bool))
 
 
 def test_a_warm_stage_that_was_killed_resumes(tmp_path):
