@@ -58,14 +58,17 @@ class AdafactorRule(Rule):
             return torch.zeros_like(parameter, requires_grad=False)
         eps = constants["eps"][0] if constants["eps"][0] is not None else torch.finfo(parameter.dtype).eps
         if "variance" in state:
-            second = state["variance"]
+            inverse_root = inverse_root_of(state["variance"])
         else:
             rows = state["row_var"]
-            second = rows @ state["col_var"] / rows.mean(dim=-2, keepdim=True).clamp(min=eps)
-        inverse_root = torch.where(second > 0, second.clamp(min=eps * eps).rsqrt(), 0)
+            rows = rows / rows.mean(dim=-2, keepdim=True).clamp(min=eps)
+            inverse_root = inverse_root_of(rows) * inverse_root_of(state["col_var"])
+        if eps:
+            inverse_root.clamp_(max=1 / eps)
         size, learning_rate = before
         relative = 1.0 if learning_rate == 0 else min(1.0, 1 / (learning_rate * updates**0.5))
-        return clipped(inverse_root, parameter.grad, constants["d"]) * (size.clamp(min=constants["eps"][1]) * relative)
+        step = size.clamp(min=constants["eps"][1]) * relative
+        return inverse_root.mul_(step / excess(inverse_root, parameter.grad, constants["d"]))
 
 
 class TransformersAdafactorRule(Rule):
@@ -119,22 +122,23 @@ class TransformersAdafactorRule(Rule):
         """See `Rule.preconditioner`; of the parameter's shape."""
         if updates == 0:
             return torch.zeros_like(parameter, requires_grad=False)
-        eps = constants["eps"][0]
+        eps = constants["eps"][0]  # added to every square
+        nothing = eps * (1 + 1e-4) if eps < _TINY else 0.0
         if "exp_avg_sq" in state:
-            inverse_root = self._inverse_root(state["exp_avg_sq"], eps)
+            inverse_root = inverse_root_of(state["exp_avg_sq"], nothing)
         else:
             rows, columns = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
-            rows = self._inverse_root(rows, eps) * rows.mean(dim=-1, keepdim=True).sqrt()
-            inverse_root = rows.unsqueeze(-1) * self._inverse_root(columns, eps).unsqueeze(-2)
-        scale = clipped(inverse_root, parameter.grad, constants["clip_threshold"])
-        return scale * max(constants["eps"][1], float(state["RMS"])) if constants["scale_parameter"] else scale
+            rows = inverse_root_of(rows, nothing) * rows.mean(dim=-1, keepdim=True).sqrt()
+            inverse_root = rows.unsqueeze(-1) * inverse_root_of(columns, nothing).unsqueeze(-2)
+        step = 1 / excess(inverse_root, parameter.grad, constants["clip_threshold"])
+        if constants["scale_parameter"]:
+            step *= max(constants["eps"][1], float(state["RMS"]))
+        return inverse_root.mul_(step)
 
-    @staticmethod
-    def _inverse_root(second: torch.Tensor, eps: float) -> torch.Tensor:
-        """`1 / sqrt(V)`; what holds nothing but `eps`, which is added to every square, has had no gradient."""
-        if eps > _TINY:
-            return second.rsqrt()
-        return torch.where(second > eps * (1 + 1e-4), second.rsqrt(), 0)
+
+def inverse_root_of(second: torch.Tensor, nothing: float = 0.0) -> torch.Tensor:
+    """`1 / sqrt(V)`; 0 where `V` holds no more than what it holds without gradients."""
+    return torch.where(second > nothing, second.rsqrt(), 0)
 
 
 def root_mean_square(tensor: torch.Tensor) -> torch.Tensor:
@@ -142,7 +146,6 @@ def root_mean_square(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.norm(2) / tensor.numel() ** 0.5
 
 
-def clipped(inverse_root: torch.Tensor, gradient: torch.Tensor, threshold: float) -> torch.Tensor:
-    """`1 / sqrt(V) / max(1, RMS(U) / threshold)`."""
-    step = root_mean_square(inverse_root * gradient)
-    return inverse_root / (step / threshold).clamp(min=1.0)
+def excess(inverse_root: torch.Tensor, gradient: torch.Tensor, threshold: float) -> torch.Tensor:
+    """`max(1, RMS(U) / threshold)`, by which the step is shortened; 0-dim."""
+    return (root_mean_square(inverse_root * gradient) / threshold).clamp(min=1.0)

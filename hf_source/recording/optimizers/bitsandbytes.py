@@ -109,8 +109,10 @@ class BitsAndBytes:
         kept = part(state[f"state{key}"], piece)
         if kept.dtype != torch.uint8:
             return kept
-        square = part(parameter.grad, piece).float().square() * new
-        return square if before is None else dequantised(*before, state[f"qmap{key}"], piece) * old + square
+        gradient = part(parameter.grad, piece).float()
+        if before is None:
+            return gradient.square() * new
+        return dequantised(*before, state[f"qmap{key}"], piece).mul_(old).addcmul_(gradient, gradient, value=new)
 
     def decay(self, constants: Mapping[str, Any]) -> tuple[float, float]:
         """`v <- old v + new g^2`: `(old, new)`."""
@@ -141,7 +143,13 @@ def dequantised(
 ) -> torch.Tensor:
     """Numbers kept in 8 bits, or a piece of them."""
     start, stop, _ = (piece or slice(0, kept.numel())).indices(kept.numel())
-    numbers = part(kept, piece)
+    numbers, first = part(kept, piece), start // _BLOCK
+    if start % _BLOCK == 0:  # bitsandbytes' own kernel, which is faster
+        from bitsandbytes.functional import dequantize_blockwise
+
+        return dequantize_blockwise(
+            numbers, absmax=absmax[first : (stop - 1) // _BLOCK + 1].contiguous(), code=code, blocksize=_BLOCK
+        )
     block = torch.arange(start, stop, device=kept.device) // _BLOCK
     return (code[numbers.view(-1).int()] * absmax[block]).view(numbers.shape)
 

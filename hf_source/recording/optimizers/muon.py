@@ -41,7 +41,7 @@ class MuonRule(Rule):
     `Q` is frozen, though it reacts to the gradient; torch computes it in bfloat16, this in float32. Weight decay is
     decoupled, `eta lambda theta`.
 
-    `Q` costs about as much as Muon's own step and changes slowly, so the average takes it at every 8th update only.
+    `Q` costs about as much as Muon's own step and changes slowly, so the average takes it at every 16th update only.
     """
 
     kinds: ClassVar[Mapping[str, str]] = {"Muon": "torch.optim.Muon"}
@@ -54,7 +54,7 @@ class MuonRule(Rule):
         "adjust_lr_fn": None,
     }
     entrywise: ClassVar[bool] = False
-    every: ClassVar[int] = 8
+    every: ClassVar[int] = 16
 
     def describe(self, name, optimizer, group, names):
         """See `Rule.describe`."""
