@@ -15,6 +15,7 @@
 
 from .config import SourceConfig
 from .names import canonical_name
+from .optimizers import CombinedOptimizer
 from .record import TrainingRecord
 from .replay import replay
 from .stage import SegmentRecord, StageRecord
@@ -24,6 +25,7 @@ from .trainer import RecordingMixin, SourceTrainer
 
 
 __all__ = [
+    "CombinedOptimizer",
     "MicroBatch",
     "RecordingMixin",
     "SegmentRecord",
