@@ -112,6 +112,9 @@ def test_the_record_is_that_of_one_process(two, tmp_path, case):
     for first, second in zip(one, both, strict=True):
         assert_same_run(first, second, ROUNDING.get(case, 1e-12))
         assert first.data["frozen"] == second.data["frozen"] and first.frozen == second.frozen
+        if case in ("tied", "fsdp_tied"):
+            for a, b in zip(first.segments, second.segments, strict=True):
+                assert_close(a.gradient_mean(), b.gradient_mean(), 1e-11)
         assert first.tensor_info == second.tensor_info and first.model == second.model
 
 
@@ -182,7 +185,7 @@ def test_a_few_steps_are_verified_against_the_sampled_weights(two, case):
 # ---- Scores ----
 
 
-@pytest.mark.parametrize("method", ["source", "grad-dot", "grad-cos"])
+@pytest.mark.parametrize("method", ["source", "stepwise", "unrolled", "grad-dot", "grad-cos"])
 def test_two_processes_score_like_one(two, tmp_path, method):
     """Each scores its share of the rows; float32 sums in another order are the only difference."""
     CASES["run"](tmp_path)

@@ -86,7 +86,7 @@ def run(folder, model=None, rows=None, resume=None, trainer=SourceTrainer, **set
 
 
 def tied(folder):
-    run(folder, tiny_gpt2(dtype=torch.float64))
+    run(folder, tiny_gpt2(dtype=torch.float64), record_gradient_mean=True)
 
 
 def local_counts(folder):
@@ -201,7 +201,7 @@ def resumed(folder, **settings):
 
 def scores(folder):
     """Scores of the record that the case `run` has made."""
-    for name in ("source", "grad-dot", "grad-cos"):
+    for name in ("source", "stepwise", "unrolled", "grad-dot", "grad-cos"):
         found = score(folder.parent / "run" / "record", name)
         np.save(folder.parent / f"{name}-{RANK}.npy", found)
 
@@ -237,7 +237,8 @@ def fsdp(folder):
 def fsdp_tied(folder):
     """Biases of 48 and 16 entries, a tied head, activation checkpointing, layers wrapped one by one."""
     wrap = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["GPT2Block"]}
-    run(folder, tiny_gpt2(dtype=torch.float64), **sharding(activation_checkpointing=True, **wrap))
+    more = sharding(activation_checkpointing=True, **wrap)
+    run(folder, tiny_gpt2(dtype=torch.float64), record_gradient_mean=True, **more)
 
 
 def fsdp_odd(folder):
