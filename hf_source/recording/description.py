@@ -126,9 +126,11 @@ def _describe_model(model: torch.nn.Module) -> dict[str, Any]:
     plain = plain_model(model)
     adapters = list(getattr(model, "peft_config", {})) if plain is not model else []
     if len(adapters) > 1:
+        reference = " DPOTrainer adds `ref` to a PEFT model: give it the base model and `peft_config=`."
         raise UnsupportedError(
             f"The PEFT model carries the adapters {adapters}; a record describes one. Delete the others "
             "(`model.delete_adapter(name)`), or merge them into the base model first."
+            + (reference if "ref" in adapters else "")
         )
     return {
         "class": class_of(plain).__name__,

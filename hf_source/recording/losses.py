@@ -55,8 +55,13 @@ def _kind(trainer: Any) -> tuple[str, dict[str, Any], str | None]:
     return "compute_loss", {}, f"{owner.__qualname__} has its own compute_loss"
 
 
+_IMAGES = "its rows hold images, which are not read yet: train on text alone to attribute them"
+
+
 def _sft_loss(trainer: Any) -> tuple[str, dict[str, Any], str | None]:
     """TRL's own sum of token losses over the count, computed without the full logits."""
+    if trainer._is_vision_dataset:
+        return "vision", {}, _IMAGES
     if trainer.args.loss_type in ("nll", "chunked_nll"):
         return "causal_lm", _causal_settings(trainer), None
     reason = "weighs each token's loss by its probability" if trainer.args.loss_type == "dft" else "is another loss"
@@ -95,6 +100,8 @@ def _dpo_loss(trainer: Any) -> tuple[str, dict[str, Any], str | None]:
         != ["sigmoid"],
         f"loss_weights={args.loss_weights}: leave them out": list(trainer.loss_weights) != [1.0],
         f"f_divergence_type={args.f_divergence_type}: train with 'reverse_kl'": args.f_divergence_type != "reverse_kl",
+        _IMAGES: trainer._is_vision_dataset,
+        "router_aux_loss_coef adds a loss between rows: set it to 0": trainer.aux_loss_enabled,
         "ld_alpha weighs tokens: leave it out": args.ld_alpha is not None,
         "use_weighting weighs pairs: leave it out": args.use_weighting,
         "sync_ref_model moves the reference model: leave it out": args.sync_ref_model,

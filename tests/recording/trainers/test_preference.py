@@ -82,7 +82,9 @@ def llama(kind=None):
         return net
     net.config.num_labels, net.config.pad_token_id = 1, 0
     torch.manual_seed(0)
-    return LlamaForSequenceClassification(net.config).double()
+    net = LlamaForSequenceClassification(net.config).double()
+    net.score.weight.data *= 20  # rewards far enough from 0 for their centring to matter
+    return net
 
 
 def arguments(folder, cls, **settings):
@@ -147,7 +149,7 @@ def dpo_run(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def reward_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reward")
-    args = arguments(folder, SourceRewardConfig, center_rewards_coefficient=CENTRE)
+    args = arguments(folder, SourceRewardConfig, center_rewards_coefficient=CENTRE, learning_rate=1e-5)
     return trained(folder, SourceRewardTrainer, llama("reward"), args)
 
 
@@ -209,6 +211,13 @@ def test_scores_of_reward_rows(reward_run):
     with pytest.raises(UnsupportedError, match="says no text.*Queries.from_rows"):
         SourceAttributor(record, progress=False).scores(None, Queries.from_text(["a"], ["b"]))
     queries = Queries.from_rows(stage.rows().select_columns(["chosen_ids", "rejected_ids"]).select([0, 3]))
+    net = stage.build_model(torch.float64)
+    gradient = lambda row: torch.cat(  # noqa: E731
+        [g.flatten() for g in torch.autograd.grad(reward_loss(net, row), list(net.parameters()))]
+    )
+    expected = [[float(gradient(a) @ gradient(b)) if b != LONG else 0.0 for b in range(6)] for a in (0, 4)]
+    dots = SourceAttributor(record, method="grad-dot", dtype=torch.float64, progress=False).scores(pairs(), queries)
+    np.testing.assert_allclose(dots, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
     scores = SourceAttributor(record, num_samples=32, dtype=torch.float64, progress=False).scores(pairs(), queries)
     final = replay(stage)
     for row in (0, 1, 4):
@@ -270,3 +279,12 @@ def test_a_text_stage_and_a_dpo_stage(tmp_path):
         assert scores.shape == (1, len(rows)) and np.isfinite(scores).all() and np.abs(scores).max() > 0
     texts_of_top = attributor.top(queries, k=1, stages=["dpo"])["text"]
     assert all("?" in text for text in texts_of_top)
+
+
+def test_an_adapter_for_reference_is_refused(tmp_path):
+    """DPOTrainer adds one to a PEFT model that it is given."""
+    from peft import LoraConfig, get_peft_model
+
+    net = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(UnsupportedError, match=r"adapters \['default', 'ref'\].*`peft_config=`"):
+        trained(tmp_path, SourceDPOTrainer, net, arguments(tmp_path, SourceDPOConfig, max_steps=1, num_segments=1))

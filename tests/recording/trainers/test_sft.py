@@ -23,6 +23,7 @@ from received import largest_error
 from hf_source import Queries, SourceAttributor
 from hf_source.errors import UnsupportedError
 from hf_source.recording import replay
+from hf_source.recording.losses import describe_loss
 
 
 pytest.importorskip("trl")
@@ -126,9 +127,11 @@ def test_the_record_replays(run):
 
 
 def test_other_loss_types_are_refused_at_attribution(tmp_path):
-    record, _, _ = sft(tmp_path, texts(), loss_type="dft", max_steps=1, num_segments=1)
+    record, _, trainer = sft(tmp_path, texts(), loss_type="dft", max_steps=1, num_segments=1)
     with pytest.raises(UnsupportedError, match="loss_type='dft' weighs .* train with loss_type='nll'"):
         SourceAttributor(record, progress=False).scores(None, Queries.from_text(["a"], ["b"]))
+    trainer._is_vision_dataset = True
+    assert "rows hold images" in describe_loss(trainer)["reason"]
 
 
 def test_evaluation_is_left_alone(tmp_path):
