@@ -108,6 +108,16 @@ def test_the_matrix_is_symmetric_and_about_the_inverse_root():
     assert 0.6 < values.min() and values.max() < 1.3
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_shares_of_an_update_add_up_to_one(family):
+    """So that the first matrices, made of little momentum, do not dominate the average."""
+    parameters = weights(*SHAPES)
+    (group,) = describe(FAMILIES[family](parameters), parameters).groups
+    for step in range(6):
+        rates = applied_learning_rate(group, np.ones(6), np.zeros(6, dtype=bool), step, step + 1)
+        assert rates.sum() == pytest.approx(1.0, rel=1e-12)
+
+
 def test_coefficients_that_may_climb_are_refused():
     parameters = weights((4, 4))
     with pytest.raises(UnsupportedError, match="Muon.*is not positive"):

@@ -51,6 +51,7 @@ FAMILIES = {
     "rmsprop centered": lambda p: RMSprop(p, alpha=0.8, momentum=0.7, centered=True),
     "adagrad": lambda p: Adagrad(p, eps=1e-3),
     "adafactor": lambda p: Adafactor(p, weight_decay=0.0),
+    "adafactor of small weights": lambda p: Adafactor(p, eps=(None, 5.0), weight_decay=0.0),
     "adafactor clipped": lambda p: Adafactor(p, d=1.0, beta2_decay=-0.1, eps=(0.3, 0.1), weight_decay=0.0),
     "adafactor foreach": lambda p: Adafactor(p, beta2_decay=-0.1, weight_decay=0.0, foreach=True),
     "hf adafactor": lambda p: TransformersAdafactor(p, lr=0.1, relative_step=False, scale_parameter=False),
