@@ -220,6 +220,12 @@ def test_a_killed_run_resumes_to_the_same_rows(tmp_path, monkeypatch, killed_aft
     new_trainer(tmp_path / "whole", sharded(2), **settings).train()
     with pytest.raises(Killed):
         new_trainer(tmp_path, sharded(2), callbacks=[KillAfter(killed_after)], **settings).train()
+    saved = killed_after - 1
+    with pytest.raises(Killed):  # at once: the record is that of the checkpoint
+        again = new_trainer(tmp_path, sharded(2), callbacks=[KillAfter(saved, "on_step_begin")], **settings)
+        again.train(resume_from_checkpoint=True)
+    stage = stage_of(tmp_path)
+    assert stage.num_rows == stage.dataset["num_visited"] == 2 * saved and stage.rows()[ROW] == list(range(2 * saved))
     trainer = new_trainer(tmp_path, sharded(2), **settings)
     trainer.train(resume_from_checkpoint=True)
     whole, stage = stage_of(tmp_path / "whole"), stage_of(tmp_path)
@@ -344,3 +350,33 @@ def test_padding_is_not_part_of_a_row():
         assert len(row["input_ids"]) <= len(rows[place]["input_ids"]) + 1
     assert batch_tokens({"pixel_values": torch.ones(4, 3)}, 4) is None
     assert batch_tokens(batch, 3) is None
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step", "on_step_end"])
+def test_a_checkpoint_on_sigterm_keeps_rows_of_whole_steps_only(tmp_path, event):
+    """Even if it is saved by a callback that comes after the recorder's, in the middle of a step."""
+
+    class Save(TrainerCallback):
+        trainer = None
+
+        def save(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                self.trainer._save_checkpoint(self.trainer.model, None)
+                raise Killed
+
+    settings = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 2}
+    whole = new_trainer(tmp_path / "whole", sharded(1), **settings)
+    whole.train()
+    save = Save()
+    setattr(save, event, save.save)
+    trainer = new_trainer(tmp_path, sharded(1), callbacks=[], **settings)
+    save.trainer = trainer
+    trainer.add_callback(save)
+    with pytest.raises(Killed):
+        trainer.train()
+    stage = stage_of(tmp_path)
+    assert stage.num_steps == 3 and stage.rows()[ROW] == list(range(6))
+    second = new_trainer(tmp_path, sharded(1), **settings)
+    second.train(resume_from_checkpoint=True)
+    assert stage_of(tmp_path).rows().to_dict() == stage_of(tmp_path / "whole").rows().to_dict()
+    assert recorded(stage_of(tmp_path)) == recorded(stage_of(tmp_path / "whole"))
