@@ -200,10 +200,11 @@ def has_router_loss(model: torch.nn.Module) -> bool:
 
 def has_dropout(model: torch.nn.Module) -> bool:
     """Whether any module drops activations, or whole layers, in training."""
-    return any(_drops(module) for module in model.modules())
+    return any(drops(module) for module in model.modules())
 
 
-def _drops(module: torch.nn.Module) -> bool:
+def drops(module: torch.nn.Module) -> bool:
+    """Whether this module, apart from those inside it, drops anything in training."""
     if isinstance(module, torch.nn.modules.dropout._DropoutNd):
         return module.p > 0
     # Attention modules of recent models hold the probability as a plain number, others that of skipping a layer.

@@ -28,6 +28,7 @@ from ..data import ROW, CausalLMCollator, take_rows
 from ..errors import DataError, UnsupportedError
 from ..gradients import DPOTask, PairTask, task_for
 from .assumed import require_recorded_visits
+from .checks import drops
 from .matching import match_rows
 from .models import predicted_labels
 from .optimizers import OptimizerDescription, build_optimizer
@@ -96,7 +97,7 @@ def replay(
             group |= {"fused": True} if "fused" in group else {}
     load_optimizer_state(stage, optimizer, trained)
     steps = stage.steps()
-    model.train(stage.training.get("dropout", True))  # TRL switches dropout off, the configuration may name it still
+    _to_training_mode(model, bool(stage.training.get("dropout", True)))
     for index in range(len(steps)):
         _set_learning_rates(optimizer, steps.learning_rate[index])
         frozen = stage.frozen_at(index)
@@ -116,6 +117,17 @@ def replay(
     for parameter in trained.values():
         parameter.requires_grad_(True)
     return model.eval()
+
+
+def _to_training_mode(model: torch.nn.Module, dropout: bool) -> None:
+    """Training mode, in which quantised layers compute otherwise than in evaluation.
+
+    TRL switches dropout off, and the configuration may name it still: then what drops stays in evaluation mode.
+    """
+    model.train()
+    for module in model.modules() if not dropout else ():
+        if drops(module):
+            module.eval()
 
 
 def _kept(
