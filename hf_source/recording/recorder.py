@@ -18,6 +18,7 @@ With several processes, each has a recorder; the main process writes what they g
 """
 
 import json
+import math
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -136,6 +137,8 @@ class StageRecorder:
         if self.streamed is not None:
             self.streamed.visit(self.step)
         self.accumulator.before_update(self._reference(learning_rates), clip_factor)
+        if math.isfinite(grad_norm):  # else the optimizer will skip the step
+            self.accumulator.add_gradients(self._reference(learning_rates))
 
     def after_update(self, skipped: bool = False) -> None:
         """Weights are updated (or, if `skipped`, left alone by the optimizer)."""

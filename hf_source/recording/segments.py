@@ -141,6 +141,7 @@ class SegmentAccumulator:
         self._one_by_one = [n for n in self.scale if not isinstance(self._group(n).how, InverseRootRule)]
         self._noted = [name for name in self.scale if self._group(name).how.notes]
         self._before: dict[str, Any] = {}
+        self._gradient_weight = 0.0
         self.reset()
 
     def reset(self) -> None:
@@ -158,8 +159,7 @@ class SegmentAccumulator:
 
     @torch.no_grad()
     def before_update(self, learning_rate: float, clip_factor: float) -> None:
-        """Add the weights at which this step's gradients were taken, and the (clipped) gradients."""
-        self._add_gradients(learning_rate if clip_factor >= 0 else -learning_rate)
+        """Add the weights at which this step's gradients were taken."""
         weight = learning_rate * clip_factor
         if weight == 0:
             return
@@ -173,7 +173,10 @@ class SegmentAccumulator:
             state = self.optimizer.state.get(parameter, {})
             self._before[name] = self._group(name).how.before_update(parameter, state, rate)
 
-    def _add_gradients(self, weight: float) -> None:
+    @torch.no_grad()
+    def add_gradients(self, weight: float) -> None:
+        """Add the (clipped) gradients before the update, if their mean is wanted; they must be finite."""
+        self._gradient_weight = weight
         names = [name for name in self.gradients if self.parameters[name].grad is not None]
         if names and weight != 0:
             sums = [self.gradients[name] for name in names]
@@ -197,7 +200,10 @@ class SegmentAccumulator:
         if skipped:
             # The weights are still those that `before_update` added: take them out again.
             self.before_update(learning_rate, -clip_factor)
+            self.add_gradients(-self._gradient_weight)
+            self._gradient_weight = 0.0
             return
+        self._gradient_weight = 0.0
         self.learning_rate_sum += learning_rate
         self.effective_learning_rate_sum += learning_rate * clip_factor
         for group, value in enumerate(learning_rates):
