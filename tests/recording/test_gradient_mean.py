@@ -19,6 +19,8 @@ from cases import config, random_rows, tiny_llama, train
 
 from hf_source.errors import RecordError
 from hf_source.recording import SourceTrainer, TrainingRecord
+from hf_source.recording.optimizers import describe_optimizer
+from hf_source.recording.segments import SegmentAccumulator
 
 
 def spied(monkeypatch, model, **settings):
@@ -87,3 +89,19 @@ def test_without_it_the_fix_is_named(tmp_path):
     again = SourceTrainer(tiny_llama(), arguments, train_dataset=random_rows())
     with pytest.raises(RecordError, match="Resume with record_gradient_mean=False"):
         again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+
+
+def test_a_skipped_step_leaves_no_gradient():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter])
+    description = describe_optimizer(optimizer, {parameter: "a"})
+    sums = SegmentAccumulator({"a": parameter}, optimizer, description, gradient_mean=True)
+    for skipped, finite in ((True, True), (False, True), (True, False)):
+        parameter.grad = torch.full((3,), 2.0 if finite else float("inf"))
+        sums.before_update(0.1, 1.0)
+        if finite:  # as the recorder decides by the gradient's norm
+            sums.add_gradients(0.1)
+        if not skipped:
+            optimizer.step()
+        sums.after_update(0.1, [0.1], 1.0, skipped=skipped)
+    assert torch.equal(sums.close_gradient_mean()["a"], torch.full((3,), 2.0))
