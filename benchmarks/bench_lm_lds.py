@@ -169,8 +169,9 @@ def entry(scores: np.ndarray, removed: np.ndarray, losses: np.ndarray, seconds: 
     }
 
 
-def run(kind: str, segments: list[int], folder: Path, results: dict, save: Callable[[], None]) -> None:
+def run(kind: str, options: argparse.Namespace, folder: Path, results: dict, save: Callable[[], None]) -> None:
     """Every method on one finetuning run; `results` is filled, and saved after every line."""
+    segments = options.segments
     records = finetune(kind, segments, folder)
     record = records[segments[0]]
     queries = Queries.from_text(*zip(*texts(kind)[2], strict=True)).encode(record.processing_class())
@@ -184,6 +185,8 @@ def run(kind: str, segments: list[int], folder: Path, results: dict, save: Calla
 
     for number, recorded in records.items():
         for name, settings in METHODS.items():
+            if options.only not in name:
+                continue
             if number != segments[0] and name != "source joint":
                 continue
             for size in SIZES if name == "source joint" else (1024,):
@@ -193,6 +196,8 @@ def run(kind: str, segments: list[int], folder: Path, results: dict, save: Calla
                 )
                 label = name if not name.startswith("source") else f"{name}, L={number}, n={size}"
                 note(label, attributor.scores(None, queries), removed, start)
+    if options.only not in "exact derivative":
+        return
     start = time.perf_counter()
     slopes = derivative(record, queries, removed)
     # The derivative is one number per subset, not per row: correlate it as it is.
@@ -204,6 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=sorted(PRETRAINING), default=["wiki", "facts"])
     parser.add_argument("--segments", type=int, nargs="+", default=[3], help="numbers of segments compared")
+    parser.add_argument("--only", default="", help="methods whose name holds this text; the others keep their results")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("lm_lds.json"))
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -226,11 +232,11 @@ def main() -> None:
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
             },
-            "results": {},
+            "results": report[kind]["results"] if args.only and kind in report else {},
         }
         save = lambda: args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")  # noqa: E731
         with tempfile.TemporaryDirectory() as folder:
-            run(kind, args.segments, Path(folder), report[kind]["results"], save)
+            run(kind, args, Path(folder), report[kind]["results"], save)
 
 
 if __name__ == "__main__":
