@@ -32,8 +32,8 @@ from ..errors import ConfigError, DataError, UnsupportedError
 from ..gradients import CausalLMTask, RowGradients, RowLossTask, Seq2SeqTask, Task, is_known, task_for
 from ..outputs.columns import add_score_columns, check_names, top_table, with_note
 from ..recording import StageRecord, TrainingRecord
-from ..recording.assumed import visits_note
 from ..recording.quantized import keep_differentiable
+from ..recording.reading.assumed import visits_note
 from ..source import WalkSettings
 from .methods import METHODS, NEED_NO_TASK, make_curvature
 from .plan import Plan, make_plan

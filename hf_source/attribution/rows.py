@@ -24,8 +24,8 @@ from ..data import ROW, take_rows
 from ..errors import DataError, UnsupportedError
 from ..gradients import CausalLMTask, PairTask, RowGradients, RowLossTask, Task
 from ..recording import StageRecord
-from ..recording.matching import match_rows
-from ..recording.packing import split
+from ..recording.rows.matching import match_rows
+from ..recording.rows.packing import split
 
 
 class StageRows:

@@ -30,8 +30,8 @@ from torch.func import functional_call, grad, vmap
 from ..data import CausalLMCollator, take_rows
 from ..gradients import CausalLMTask, RowLossTask, Task, batch_to, task_for
 from ..recording import StageRecord, canonical_name
-from ..recording.assumed import require_recorded_visits
 from ..recording.optimizers import OptimizerDescription, build_optimizer
+from ..recording.reading.assumed import require_recorded_visits
 from ..recording.warm import refuse_moments
 
 

@@ -16,11 +16,11 @@
 from .config import SourceConfig
 from .names import canonical_name
 from .optimizers import CombinedOptimizer
-from .record import TrainingRecord
-from .replay import replay
-from .stage import SegmentRecord, StageRecord
-from .steps import MicroBatch, StepTable
-from .streams import number_rows
+from .reading.record import TrainingRecord
+from .reading.replay import replay
+from .reading.stage import SegmentRecord, StageRecord
+from .reading.steps import MicroBatch, StepTable
+from .rows.streams import number_rows
 from .trainer import RecordingMixin, SourceTrainer
 
 

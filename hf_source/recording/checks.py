@@ -24,10 +24,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..errors import UnsupportedError
 from .losses import describe_loss
 from .models import plain_model
-from .packing import refuse_leaks
 from .precision import refuse_formats
+from .rows.packing import refuse_leaks
+from .rows.streams import is_stream
 from .smoothing import refuse_unshifted_smoothing
-from .streams import is_stream
 
 
 logger = get_logger(__name__)

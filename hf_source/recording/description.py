@@ -30,9 +30,9 @@ from .models import is_prompt_learning, num_virtual_tokens, plain_model
 from .names import canonical_name, named_parameters, unwrapped_name
 from .optimizers import OptimizerDescription
 from .quantized import describe_quantized, quantization_state
+from .reading.stage import StageRecord
+from .rows.streams import column_names, is_stream
 from .sharding import class_of
-from .stage import StageRecord
-from .streams import column_names, is_stream
 from .writer import RecordWriter
 
 

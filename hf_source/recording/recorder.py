@@ -32,9 +32,9 @@ from .freezing import UpdateWatch, note_frozen
 from .optimizers import describe_optimizer
 from .precision import note_scale
 from .processes import Processes
+from .rows.streamed import StreamRows
 from .segments import SegmentAccumulator
 from .sharding import whole_tensors
-from .streamed_rows import StreamRows
 from .weight_samples import is_sampled, sample_weights
 from .writer import RecordWriter, file_entry, write_json, write_tensors
 

@@ -39,12 +39,12 @@ from .freezing import recorded_names
 from .names import named_parameters
 from .optimizers import OptimizerDescription, describe_optimizer, is_fresh, unwrap_optimizer
 from .processes import Processes
-from .record import TrainingRecord
+from .reading.record import TrainingRecord
 from .recorder import StageRecorder
+from .rows.stored import write_rows
+from .rows.streamed import StreamRows
 from .segments import NoSums, SegmentAccumulator, plan_segments, scheduled_learning_rates
 from .sharding import is_sharded, whole_tensors
-from .stored_rows import write_rows
-from .streamed_rows import StreamRows
 from .warm import save_optimizer_state
 from .writer import RecordWriter
 

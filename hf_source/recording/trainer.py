@@ -34,13 +34,13 @@ from .lock import writing
 from .losses import divides_by_count, loss_owner
 from .models import context_length, is_causal_lm, predicted_labels
 from .optimizers import learning_rates
-from .packing import packed_with_rows
 from .precision import clip_factor, loss_scale, refuse_broken_gradient
 from .processes import Processes
 from .recorder import StageRecorder, read_sidecar
-from .rows import RowCollator, count_numbers, with_row_numbers
+from .rows.numbering import RowCollator, count_numbers, with_row_numbers
+from .rows.packing import packed_with_rows
+from .rows.streams import carries_numbers, column_names, is_stream, number_rows
 from .start import refuse_existing_stage, restart_recorder, start_recorder
-from .streams import carries_numbers, column_names, is_stream, number_rows
 from .writer import RecordWriter
 
 

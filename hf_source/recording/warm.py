@@ -26,7 +26,7 @@ from .writer import RecordWriter
 
 
 if TYPE_CHECKING:
-    from .stage import StageRecord
+    from .reading.stage import StageRecord
 
 STATE_FILE = "optimizer.safetensors"
 

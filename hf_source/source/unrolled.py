@@ -39,8 +39,8 @@ from torch import nn
 from ..errors import UnsupportedError
 from ..gradients import RowGradients, labels_of
 from ..recording import StageRecord
-from ..recording.assumed import require_recorded_visits
 from ..recording.optimizers import OptimizerDescription, build_optimizer
+from ..recording.reading.assumed import require_recorded_visits
 from ..recording.warm import load_optimizer_state
 from .products import ExactProducts
 from .walk import Vectors, WalkSettings, enter_stage, score_rows, wanted_parameters

@@ -23,9 +23,9 @@ from optimizers import RATES, before_update, describe, give_gradients, precondit
 
 from hf_source.errors import UnsupportedError
 from hf_source.recording import replay
-from hf_source.recording.momentum import applied_learning_rate
 from hf_source.recording.optimizers import build_optimizer
 from hf_source.recording.optimizers.bitsandbytes import dequantised
+from hf_source.recording.reading.momentum import applied_learning_rate
 from hf_source.recording.segments import SegmentAccumulator
 
 

@@ -31,7 +31,7 @@ from hf_source.errors import ConfigError, DataError, RecordError, UnsupportedErr
 from hf_source.evaluation.retraining import retrain
 from hf_source.outputs.page import write_page
 from hf_source.recording import replay
-from hf_source.recording.hub import record_card
+from hf_source.recording.reading.hub import record_card
 
 
 SETTINGS = {

@@ -24,9 +24,9 @@ from torch.optim import AdamW, Muon
 
 from hf_source.errors import UnsupportedError
 from hf_source.recording import SourceTrainer, TrainingRecord, replay
-from hf_source.recording.momentum import applied_learning_rate
 from hf_source.recording.optimizers import CombinedOptimizer, build_optimizer
 from hf_source.recording.optimizers.muon import MuonRule
+from hf_source.recording.reading.momentum import applied_learning_rate
 from hf_source.recording.segments import SegmentAccumulator
 
 

@@ -27,8 +27,8 @@ from optimizers import RATES, before_update, describe, give_gradients, precondit
 from torch.optim import SGD, Adafactor, Adagrad, Adam, AdamW, NAdam, RAdam, RMSprop
 from transformers.optimization import Adafactor as TransformersAdafactor
 
-from hf_source.recording.momentum import applied_learning_rate
 from hf_source.recording.optimizers import build_optimizer, rule_named
+from hf_source.recording.reading.momentum import applied_learning_rate
 from hf_source.recording.segments import SegmentAccumulator
 
 

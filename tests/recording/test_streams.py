@@ -25,7 +25,7 @@ from hf_source import number_rows
 from hf_source.data import ROW, CausalLMCollator
 from hf_source.errors import DataError, UnsupportedError
 from hf_source.recording import RecordingMixin, SourceTrainer, TrainingRecord, replay
-from hf_source.recording.streamed_rows import batch_tokens, row_hash
+from hf_source.recording.rows.streamed import batch_tokens, row_hash
 
 
 class Killed(Exception):
@@ -214,7 +214,7 @@ def test_rows_that_are_no_dictionaries(tmp_path):
 @pytest.mark.parametrize("tokens", [1 << 22, 60], ids=["one file", "small files"])
 def test_a_killed_run_resumes_to_the_same_rows(tmp_path, monkeypatch, killed_after, tokens):
     """In the first epoch, where the Trainer can go on with the next row."""
-    monkeypatch.setattr("hf_source.recording.streamed_rows._TOKENS_PER_SHARD", tokens)
+    monkeypatch.setattr("hf_source.recording.rows.streamed._TOKENS_PER_SHARD", tokens)
     settings = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 1}
     settings |= {"per_device_train_batch_size": 2, "max_steps": 9}
     new_trainer(tmp_path / "whole", sharded(2), **settings).train()

@@ -26,7 +26,7 @@ from hf_source.data import ROW, CausalLMCollator
 from hf_source.errors import DataError, UnsupportedError
 from hf_source.recording import RecordingMixin, SourceConfig, SourceTrainer, TrainingRecord, replay
 from hf_source.recording.checks import refuse_unsupported
-from hf_source.recording.rows import RowDataset, with_row_numbers
+from hf_source.recording.rows.numbering import RowDataset, with_row_numbers
 
 
 class Strict(type(tiny_llama())):

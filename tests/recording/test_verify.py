@@ -24,7 +24,7 @@ import torch
 from cases import random_rows, tiny_gpt2, tiny_llama, train
 
 from hf_source.recording import TrainingRecord
-from hf_source.recording.verifying import check_replay
+from hf_source.recording.reading.verifying import check_replay
 from hf_source.recording.weight_samples import is_sampled, sample_weights
 from hf_source.recording.writer import STEP_SCHEMA, file_entry
 

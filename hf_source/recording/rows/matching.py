@@ -24,15 +24,15 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import numpy as np
 
-from ..data import ROW, CausalLMCollator, content_fingerprint, prepare_rows
-from ..errors import DataError
-from .stored_rows import is_given, rows_dataset, trained_numbers
-from .streamed_rows import batch_tokens, read_stream_rows, row_hash
+from ...data import ROW, CausalLMCollator, content_fingerprint, prepare_rows
+from ...errors import DataError
+from .stored import is_given, rows_dataset, trained_numbers
+from .streamed import batch_tokens, read_stream_rows, row_hash
 from .streams import is_stream, number_rows
 
 
 if TYPE_CHECKING:
-    from .stage import StageRecord
+    from ..reading.stage import StageRecord
 
 _BATCH = 1024
 _TOKENS = ("input_ids", "attention_mask", "labels")

@@ -26,17 +26,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from ..errors import RecordError
+from ...errors import RecordError
+from ..freezing import frozen_at
+from ..models import is_prompt_learning
+from ..names import canonical_name
+from ..optimizers import OptimizerDescription
+from ..precision import scale_at
+from ..rows.stored import read_rows
+from ..writer import STEP_SCHEMA, stage_folder
 from .assumed import uniform_objective_scale, uniform_visits, uniform_weights, visits_are_recorded
-from .freezing import frozen_at
-from .models import is_prompt_learning
 from .momentum import applied_learning_rate
-from .names import canonical_name
-from .optimizers import OptimizerDescription
-from .precision import scale_at
 from .steps import StepTable
-from .stored_rows import read_rows
-from .writer import STEP_SCHEMA, stage_folder
 
 
 if TYPE_CHECKING:

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from ..errors import DataError, RecordError, UnsupportedError
+from ...errors import DataError, RecordError, UnsupportedError
+from ..weight_samples import sample_of, sample_weights
 from .replay import replay
 from .stage import StageRecord
-from .weight_samples import sample_of, sample_weights
 
 
 _TOLERANCE = {"float64": 1e-6, "float32": 1e-3}

@@ -23,16 +23,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from ..data import ROW, TRAINED_COLUMNS, dataset_digest
-from ..gradients.preference import REFERENCE
-from .rows import RowDataset
-from .streamed_rows import read_stream_rows
+from ...data import ROW, TRAINED_COLUMNS, dataset_digest
+from ...gradients.preference import REFERENCE
+from ..writer import RecordWriter, atomic_write
+from .numbering import RowDataset
+from .streamed import read_stream_rows
 from .streams import is_stream
-from .writer import RecordWriter, atomic_write
 
 
 if TYPE_CHECKING:
-    from .stage import StageRecord
+    from ..reading.stage import StageRecord
 
 ROWS_FILE = "rows.parquet"
 _BATCH = 4096
@@ -44,7 +44,7 @@ _COLUMNS = (*TRAINED_COLUMNS, "seq_lengths", *REFERENCE, "attention_mask", "text
 def write_rows(dataset: Any, writer: RecordWriter, store: bool = True) -> None:
     """Write the prepared rows to `<stage>/rows.parquet`, or, where some were filtered out, at least their numbers.
 
-    Rows of streams are written as they come, see `streamed_rows.py`.
+    Rows of streams are written as they come, see `streamed.py`.
 
     Args:
         dataset: the training set, numbered.

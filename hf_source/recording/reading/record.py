@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.logging import get_logger
 
-from ..errors import RecordError
+from ...errors import RecordError
+from ..writer import RECORD_FILE, file_entry, read_record_json
 from .hub import download_record, push_record
 from .stage import StageRecord
-from .writer import RECORD_FILE, file_entry, read_record_json
 
 
 if TYPE_CHECKING:

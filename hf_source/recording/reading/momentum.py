@@ -28,7 +28,7 @@ for some steps is weighed as if its momentum had run on: a row has one weight fo
 
 import numpy as np
 
-from .optimizers import GroupDescription
+from ..optimizers import GroupDescription
 
 
 # Shares of a gradient below this are rounding.

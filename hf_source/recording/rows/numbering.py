@@ -21,8 +21,8 @@ import datasets
 import numpy as np
 import torch
 
-from ..data import ROW
-from ..errors import DataError, UnsupportedError
+from ...data import ROW
+from ...errors import DataError, UnsupportedError
 
 
 # A stage's scores and weights are arrays over row numbers.

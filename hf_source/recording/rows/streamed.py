@@ -29,15 +29,15 @@ import xxhash
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 
-from ..data import IGNORE_INDEX, ROW
-from ..errors import DataError, UnsupportedError
-from .processes import Processes
-from .rows import LARGEST_NUMBER
-from .writer import RecordWriter, atomic_write
+from ...data import IGNORE_INDEX, ROW
+from ...errors import DataError, UnsupportedError
+from ..processes import Processes
+from ..writer import RecordWriter, atomic_write
+from .numbering import LARGEST_NUMBER
 
 
 if TYPE_CHECKING:
-    from .stage import StageRecord
+    from ..reading.stage import StageRecord
 
 logger = get_logger(__name__)
 

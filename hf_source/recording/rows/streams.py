@@ -24,9 +24,9 @@ import datasets
 import torch
 from accelerate.logging import get_logger
 
-from ..data import ROW
-from ..errors import DataError, UnsupportedError
-from .rows import RowDataset, with_row_numbers
+from ...data import ROW
+from ...errors import DataError, UnsupportedError
+from .numbering import RowDataset, with_row_numbers
 
 
 logger = get_logger(__name__)

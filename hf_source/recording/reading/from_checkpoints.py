@@ -32,20 +32,20 @@ from accelerate.logging import get_logger
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from ..errors import ConfigError, DataError, RecordError, UnsupportedError
+from ...errors import ConfigError, DataError, RecordError, UnsupportedError
+from ..checks import refuse_unsupported
+from ..config import RecordingOptions, SourceConfig
+from ..description import describe_stage
+from ..lock import writing
+from ..names import named_parameters
+from ..optimizers import InverseRootRule, OptimizerDescription, describe_optimizer, unwrap_optimizer
+from ..precision import clip_factor
+from ..recorder import STEPS_PER_SHARD
+from ..segments import plan_segments
+from ..start import new_stage, refuse_existing_stage
+from ..trainer import SourceTrainer
+from ..writer import RecordWriter
 from .checkpoint_files import Checkpoint
-from .checks import refuse_unsupported
-from .config import RecordingOptions, SourceConfig
-from .description import describe_stage
-from .lock import writing
-from .names import named_parameters
-from .optimizers import InverseRootRule, OptimizerDescription, describe_optimizer, unwrap_optimizer
-from .precision import clip_factor
-from .recorder import STEPS_PER_SHARD
-from .segments import plan_segments
-from .start import new_stage, refuse_existing_stage
-from .trainer import SourceTrainer
-from .writer import RecordWriter
 
 
 logger = get_logger(__name__)

@@ -29,8 +29,8 @@ import datasets
 import numpy as np
 import torch
 
-from ..data import IGNORE_INDEX, ROW
-from ..errors import UnsupportedError
+from ...data import IGNORE_INDEX, ROW
+from ...errors import UnsupportedError
 
 
 TOKEN_ROWS = "row_ids"

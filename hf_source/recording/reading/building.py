@@ -22,8 +22,8 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 
-from ..errors import RecordError, UnsupportedError
-from .quantized import fill_quantized, place_quantized
+from ...errors import RecordError, UnsupportedError
+from ..quantized import fill_quantized, place_quantized
 
 
 if TYPE_CHECKING:

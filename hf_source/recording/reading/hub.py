@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.logging import get_logger
 
-from ..errors import ConfigError, RecordError
-from .stored_rows import ROWS_FILE
-from .writer import RECORD_FILE
+from ...errors import ConfigError, RecordError
+from ..rows.stored import ROWS_FILE
+from ..writer import RECORD_FILE
 
 
 if TYPE_CHECKING:

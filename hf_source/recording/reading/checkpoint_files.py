@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ..errors import RecordError
+from ...errors import RecordError
+from ..names import named_parameters
+from ..recorder import SIDECAR
 from .hub import download_record
-from .names import named_parameters
-from .recorder import SIDECAR
 
 
 @dataclass

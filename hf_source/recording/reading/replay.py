@@ -24,20 +24,20 @@ import datasets
 import numpy as np
 import torch
 
-from ..data import ROW, CausalLMCollator, take_rows
-from ..errors import DataError, UnsupportedError
-from ..gradients import DPOTask, PairTask, task_for
+from ...data import ROW, CausalLMCollator, take_rows
+from ...errors import DataError, UnsupportedError
+from ...gradients import DPOTask, PairTask, task_for
+from ..checks import drops
+from ..models import predicted_labels
+from ..optimizers import OptimizerDescription, build_optimizer
+from ..rows.matching import match_rows
+from ..rows.packing import split
+from ..rows.streams import is_stream
+from ..smoothing import smoothed_loss
+from ..warm import load_optimizer_state
 from .assumed import require_recorded_visits
-from .checks import drops
-from .matching import match_rows
-from .models import predicted_labels
-from .optimizers import OptimizerDescription, build_optimizer
-from .packing import split
-from .smoothing import smoothed_loss
 from .stage import StageRecord
 from .steps import MicroBatch
-from .streams import is_stream
-from .warm import load_optimizer_state
 
 
 # Rows kept in memory between visits: about 128 MB of tokens.
