@@ -18,7 +18,8 @@ from .names import canonical_name
 from .optimizers import CombinedOptimizer
 from .reading.record import TrainingRecord
 from .reading.replay import replay
-from .reading.stage import SegmentRecord, StageRecord
+from .reading.segment import SegmentRecord
+from .reading.stage import StageRecord
 from .reading.steps import MicroBatch, StepTable
 from .rows.streams import number_rows
 from .trainer import RecordingMixin, SourceTrainer

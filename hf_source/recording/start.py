@@ -43,7 +43,8 @@ from .reading.record import TrainingRecord
 from .recorder import StageRecorder
 from .rows.stored import write_rows
 from .rows.streamed import StreamRows
-from .segments import NoSums, SegmentAccumulator, plan_segments, scheduled_learning_rates
+from .segment_plan import plan_segments, scheduled_learning_rates
+from .segments import NoSums, SegmentAccumulator
 from .sharding import is_sharded, whole_tensors
 from .warm import save_optimizer_state
 from .writer import RecordWriter

@@ -43,7 +43,7 @@ from ..recording.optimizers import OptimizerDescription, build_optimizer
 from ..recording.reading.assumed import require_recorded_visits
 from ..recording.warm import load_optimizer_state
 from .products import ExactProducts
-from .walk import Vectors, WalkSettings, enter_stage, score_rows, wanted_parameters
+from .walk import Vectors, WalkSettings, open_stage, score_rows
 
 
 State = dict[str, dict[str, torch.Tensor]]
@@ -83,26 +83,21 @@ def unroll(
     """
     for stage in stages:
         refuse_inexact(stage)
+
+    def unfused(stage: StageRecord) -> nn.Module:
+        model = models(stage)
+        if hasattr(model, "set_attn_implementation"):
+            model.set_attn_implementation("eager")  # fused attention has no second derivative
+        return model
+
     vectors: Vectors | None = None
     for position in range(len(stages) - 1, -1, -1):
         stage = stages[position]
-        model = models(stage).to(settings.device, settings.dtype).eval()
-        if hasattr(model, "set_attn_implementation"):
-            model.set_attn_implementation("eager")  # fused attention has no second derivative
-        names = wanted_parameters(model, stages[: position + 1])
-        own = rows[stage.name]
-        gradients = RowGradients(model, own.task, list(names))
-        own.prepare(gradients)
-        gradients.check(own.collated(own.shortest(2), settings.device))
-        if vectors is None:
-            stage.load_weights(model, "final")
-            vectors = query_gradients(gradients)
-        else:
-            vectors = enter_stage(vectors, names, stages, position, gradients)
-        run = RecordedRun(stage, own, gradients, settings, products or ExactProducts())
+        gradients, names, vectors = open_stage(stages, position, rows, query_gradients, settings, unfused, vectors)
+        run = RecordedRun(stage, rows[stage.name], gradients, settings, products or ExactProducts())
         scores, vectors = run.backward(vectors)
         vectors = {names[name]: vector for name, vector in vectors.items()}
-        del model, gradients, run
+        del gradients, run
         yield stage, scores
 
 

@@ -88,24 +88,46 @@ def walk(
     vectors: Vectors | None = None
     for position in range(len(stages) - 1, -1, -1):
         stage = stages[position]
-        model = models(stage).to(settings.device, settings.dtype).eval()
-        names = wanted_parameters(model, stages[: position + 1])
-        own = rows[stage.name]
-        gradients = RowGradients(model, own.task, list(names))
-        own.prepare(gradients)
-        gradients.check(own.collated(own.shortest(2), settings.device))
-        if vectors is None:
-            stage.load_weights(model, "final")
-            vectors = query_gradients(gradients)
-        else:
-            vectors = enter_stage(vectors, names, stages, position, gradients)
+        gradients, names, vectors = open_stage(stages, position, rows, query_gradients, settings, models, vectors)
         scores = np.zeros((len(next(iter(vectors.values()))), stage.num_rows), dtype=np.float32)
         for segment in reversed(stage.segments):
-            stage.load_weights(model, segment.index)
-            vectors = _through_segment(segment, stage, own, gradients, vectors, scores, settings)
+            stage.load_weights(gradients.model, segment.index)
+            vectors = _through_segment(segment, stage, rows[stage.name], gradients, vectors, scores, settings)
         vectors = {names[name]: vector for name, vector in vectors.items()}
-        del model, gradients
+        del gradients
         yield stage, scores
+
+
+def open_stage(
+    stages: Sequence[StageRecord],
+    position: int,
+    rows: Mapping[str, Any],
+    query_gradients: Callable[[RowGradients], Vectors],
+    settings: WalkSettings,
+    models: Callable[[StageRecord], nn.Module],
+    vectors: Vectors | None,
+) -> tuple[RowGradients, dict[str, str], Vectors]:
+    """Enter a stage at its end.
+
+    Args:
+        stages, rows, query_gradients, settings, models: see `walk`.
+        position: of the stage among the stages.
+        vectors: at the start of the stage after it, by canonical name; `None` for the last stage.
+
+    Returns:
+        The engine of the stage's model, canonical names of its parameters, and the vectors at its end by own name.
+    """
+    stage = stages[position]
+    model = models(stage).to(settings.device, settings.dtype).eval()
+    names = wanted_parameters(model, stages[: position + 1])
+    own = rows[stage.name]
+    gradients = RowGradients(model, own.task, list(names))
+    own.prepare(gradients)
+    gradients.check(own.collated(own.shortest(2), settings.device))
+    if vectors is not None:
+        return gradients, names, enter_stage(vectors, names, stages, position, gradients)
+    stage.load_weights(model, "final")
+    return gradients, names, query_gradients(gradients)
 
 
 def wanted_parameters(model: nn.Module, stages: Sequence[StageRecord]) -> dict[str, str]:

@@ -20,7 +20,7 @@ from cases import tiny_llama, train
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from hf_source.errors import ConfigError
-from hf_source.recording.segments import plan_segments, scheduled_learning_rates
+from hf_source.recording.segment_plan import plan_segments, scheduled_learning_rates
 
 
 def shares(starts, rates):

@@ -25,7 +25,8 @@ from ...errors import UnsupportedError
 
 
 if TYPE_CHECKING:
-    from .stage import SegmentRecord, StageRecord
+    from .segment import SegmentRecord
+    from .stage import StageRecord
 
 
 def visits_are_recorded(stage: "StageRecord") -> bool:

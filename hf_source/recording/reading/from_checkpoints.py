@@ -41,7 +41,7 @@ from ..names import named_parameters
 from ..optimizers import InverseRootRule, OptimizerDescription, describe_optimizer, unwrap_optimizer
 from ..precision import clip_factor
 from ..recorder import STEPS_PER_SHARD
-from ..segments import plan_segments
+from ..segment_plan import plan_segments
 from ..start import new_stage, refuse_existing_stage
 from ..trainer import SourceTrainer
 from ..writer import RecordWriter

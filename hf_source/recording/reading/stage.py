@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""One stage of a record, and its segments: what attribution reads."""
+"""One stage of a record: what attribution reads."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ...errors import RecordError
@@ -34,157 +34,14 @@ from ..optimizers import OptimizerDescription
 from ..precision import scale_at
 from ..rows.stored import read_rows
 from ..writer import STEP_SCHEMA, stage_folder
-from .assumed import uniform_objective_scale, uniform_visits, uniform_weights, visits_are_recorded
-from .momentum import applied_learning_rate
+from .assumed import visits_are_recorded
+from .segment import SegmentRecord
 from .steps import StepTable
+from .weights import EndWeights
 
 
 if TYPE_CHECKING:
     from .record import TrainingRecord
-
-
-class SegmentRecord:
-    """One segment of a stage: what its steps averaged to.
-
-    Attributes:
-        index: number of the segment in its stage.
-        first_step, end_step: its optimizer steps, `first_step <= step < end_step`.
-        learning_rate_sum: sum of the reference learning rates `eta`.
-        effective_learning_rate_sum: `s = sum of eta * c` (`c`: clip factor).
-        matrix_sides: parameters whose preconditioner is a matrix -> the side it acts on, `"left"` or `"right"`.
-    """
-
-    def __init__(self, stage: "StageRecord", index: int, data: Mapping[str, Any]) -> None:
-        self.stage = stage
-        self.index = index
-        self.first_step: int = data["first_step"]
-        self.end_step: int = data["end_step"]
-        self.learning_rate_sum: float = data["learning_rate_sum"]
-        self.effective_learning_rate_sum: float = data["effective_learning_rate_sum"]
-        self.learning_rate_sum_per_group: list[float] = data["learning_rate_sum_per_group"]
-        self.matrix_sides: dict[str, str] = data.get("matrix_sides", {})
-        self.effective_learning_rate_sum_per_group: list[float] = data["effective_learning_rate_sum_per_group"]
-        self._missed: dict[str, list[float]] = data.get("missed_learning_rates", {})
-
-    def __repr__(self) -> str:
-        return f"SegmentRecord({self.stage.name!r}, {self.index}, steps {self.first_step}-{self.end_step})"
-
-    def parameters(self) -> dict[str, torch.Tensor]:
-        """Average weights `theta = sum of eta c theta_k / s`, weights before each step, by name."""
-        return self.stage.tensors(f"segments/{self.index}/parameters.safetensors")
-
-    def preconditioner(self) -> dict[str, torch.Tensor]:
-        """Average preconditioner `P = sum of eta_g c P_k / s`, by name; 0-dim for SGD.
-
-        A tensor holds the factor of each entry, unless the name is in `matrix_sides`: then it is a matrix `M`, and the
-        update is `M G` (`"left"`) or `G M` (`"right"`) of the gradient `G` (Muon).
-
-        `eta_g` is the learning rate of the parameter's group, so that `s P` is the sum of the real step sizes.
-        """
-        return self.stage.tensors(f"segments/{self.index}/preconditioner.safetensors")
-
-    def gradient_mean(self) -> dict[str, torch.Tensor]:
-        """Mean gradient `sum of eta_k g_k / sum of eta_k` by name, `g_k` as the optimizer got it: clipped, normalised.
-
-        It is for the response of Adam's second moment to a row that is removed (see `SourceConfig`).
-
-        Raises:
-            RecordError: if the run was not recorded with `record_gradient_mean=True`.
-        """
-        name = f"segments/{self.index}/gradient_mean.safetensors"
-        if f"{stage_folder(self.stage.index, self.stage.name)}/{name}" not in self.stage.data["files"]:
-            raise RecordError(
-                f"Stage '{self.stage.name}' was recorded without mean gradients. Train it with "
-                "SourceConfig(record_gradient_mean=True)."
-            )
-        return self.stage.tensors(name)
-
-    def decay(self) -> dict[str, torch.Tensor]:
-        """Weight decay `Lambda` by name, such that `s Lambda` is the fraction of a weight that the segment decays.
-
-        Decoupled (AdamW) and SGD: 0-dim. Coupled (Adam): one value per entry, since the decay passes through `P`
-        (approximated as the average `P`, which is exact if clipping was constant in the segment).
-        """
-        total, preconditioner = self.effective_learning_rate_sum, self.preconditioner()
-        rates = zip(self.learning_rate_sum_per_group, self.effective_learning_rate_sum_per_group, strict=True)
-        decays = {}
-        for group, sums in zip(self.stage.groups, rates, strict=True):
-            strength = group.weight_decay
-            for name in group.parameters:
-                # Steps without a gradient of the parameter do not decay it.
-                rate_sum, effective = (a - b for a, b in zip(sums, self._missed.get(name, (0.0, 0.0)), strict=True))
-                dtype = preconditioner[name].dtype
-                if effective <= 1e-12 * sums[1] or strength == 0:
-                    decays[name] = torch.zeros((), dtype=dtype)
-                elif group.decoupled_weight_decay:
-                    decays[name] = torch.tensor(strength * rate_sum / total, dtype=dtype)
-                else:
-                    decays[name] = preconditioner[name] * (strength * rate_sum / effective)
-        return decays
-
-    def objective_scale(self) -> float:
-        """Objective that was trained, over the mean loss per item: average of `items / normalizer`, weighted by lr.
-
-        1 when losses are divided by the number of loss items. Not 1 where the Trainer divides by another count:
-        transformers 5.23 counts the first token of each row too for GPT-2, though it is never predicted. Curvature of
-        the mean loss is to be multiplied by this number.
-        """
-        if not visits_are_recorded(self.stage):
-            return uniform_objective_scale(self)
-        steps = self.stage.steps()
-        batches, step = steps._batches(self.first_step, self.end_step)
-        share = batches.field("items").to_numpy() / batches.field("normalizer").to_numpy()
-        total = float((steps.effective_learning_rate[step] * share).sum())
-        return total / self.effective_learning_rate_sum if self.effective_learning_rate_sum else 1.0
-
-    def row_weights(self) -> np.ndarray:
-        """float64 `[num_examples]`: sum over the row's visits in the segment of `eta c / normalizer`."""
-        if not visits_are_recorded(self.stage):
-            return uniform_weights(self.stage, self.effective_learning_rate_sum)
-        visits = self.stage.steps().visits(self.first_step, self.end_step)
-        return np.bincount(visits["row"], weights=visits["weight"], minlength=self.stage.num_examples)
-
-    def applied_weights(self) -> np.ndarray:
-        """float64 `[num_examples]`: the rows' weights in the segment's updates, momentum included (see `momentum.py`).
-
-        Like `row_weights`, with the learning rate that really applied each gradient: gradients of earlier segments
-        that momentum still carries count here, and what this segment's momentum carries on counts later. Of the first
-        group that trains anything, if they differ: see `applied_parts`.
-        """
-        return self.applied_parts()[0][1]
-
-    def applied_parts(self) -> list[tuple[list[str], np.ndarray]]:
-        """Parameters that share their momentum, and the rows' weights in their updates (see `applied_weights`).
-
-        One part, but for groups with different momentum or different optimizers (Muon with AdamW, say).
-        """
-        steps = self.stage.steps()
-        before = (self.stage.data.get("optimizer_start") or {}).get("updates", 0)
-        parts: list[tuple[list[str], np.ndarray]] = []
-        for group in (group for group in self.stage.groups if group.parameters):
-            rates = applied_learning_rate(
-                group, steps.reference_learning_rate, steps.skipped, self.first_step, self.end_step, before
-            )
-            same = next((names for names, known in parts if np.array_equal(known, rates)), None)
-            if same is None:
-                parts.append((list(group.parameters), rates))
-            else:
-                same.extend(group.parameters)
-        return [(names, self._weights_at(rates)) for names, rates in parts]
-
-    def _weights_at(self, rates: np.ndarray) -> np.ndarray:
-        steps, first = self.stage.steps(), int(np.argmax(rates > 0))
-        if not visits_are_recorded(self.stage):
-            return uniform_weights(self.stage, float((rates * steps.clip_factor[: self.end_step]).sum()))
-        visits = steps.visits(first, self.end_step, rates * steps.clip_factor[: self.end_step])
-        return np.bincount(visits["row"], weights=visits["weight"], minlength=self.stage.num_examples)
-
-    def num_visits(self) -> np.ndarray:
-        """`[num_examples]`: how often each row was trained on in the segment; float64 expectations if not recorded."""
-        if not visits_are_recorded(self.stage):
-            return uniform_visits(self)
-        visits = self.stage.steps().visits(self.first_step, self.end_step)
-        return np.bincount(visits["row"], minlength=self.stage.num_examples)
 
 
 class StageRecord:
@@ -367,7 +224,7 @@ class StageRecord:
         )
 
     @contextlib.contextmanager
-    def end_weights(self) -> Iterator["EndWeights"]:
+    def end_weights(self) -> Iterator[EndWeights]:
         """All weights at the end of the stage, trained and frozen, by canonical name; read one at a time."""
         with contextlib.ExitStack() as stack:
             yield EndWeights(self, stack)
@@ -389,45 +246,3 @@ class StageRecord:
             return load_file(self.record.path / key)
         except SafetensorError as error:
             raise self.record.damaged(key, str(error)) from error
-
-
-class EndWeights(Mapping[str, torch.Tensor]):
-    """Weights at the end of a stage by canonical name; tensors are read on access.
-
-    Frozen weights that a stage shares with its parent are found there.
-    """
-
-    def __init__(self, stage: StageRecord, stack: contextlib.ExitStack) -> None:
-        self._found: dict[str, tuple[Any, str]] = {}
-        names = ["final.safetensors"]
-        names += ["frozen.safetensors"] if stage.data["frozen"] == "stored" else []
-        for name in names:
-            key = f"{stage_folder(stage.index, stage.name)}/{name}"
-            if key not in stage.data["files"]:
-                stage.require_complete()
-            stage.record.check_size(stage.data["files"], key)
-            file = stack.enter_context(safe_open(stage.record.path / key, framework="pt"))
-            for own in file.keys():
-                self._found.setdefault(stage.canonical_name(own), (file, own))
-        self._parent = None
-        if stage.data["frozen"] == "parent":
-            self._parent = EndWeights(stage.record.stage(stage.parent), stack)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name in self._found:
-            file, key = self._found[name]
-            return file.get_tensor(key)
-        if self._parent is None:
-            raise KeyError(name)
-        return self._parent[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._found or (self._parent is not None and name in self._parent)
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._found
-        if self._parent is not None:
-            yield from (name for name in self._parent if name not in self._found)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
