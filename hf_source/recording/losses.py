@@ -13,6 +13,7 @@
 # limitations under the License.
 """Which loss a Trainer trains with: what the record says about it, and what attribution chooses its task by."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -159,7 +160,9 @@ def _model_loss(trainer: Any) -> tuple[str, dict[str, Any], str | None]:
 
 
 @torch.no_grad()
-def divides_by_count(loss: Callable[[Mapping[str, Any], torch.Tensor], torch.Tensor], inputs: Any, count: Any) -> bool:
+def divides_by_count(
+    loss: Callable[[Mapping[str, Any], torch.Tensor], torch.Tensor], inputs: Any, count: Any
+) -> bool | None:
     """Whether a loss is divided by the number of items that it is told, or by one of its own.
 
     T5 and BART, for one, take `num_items_in_batch` as they take any keyword, and average over the micro-batch.
@@ -168,6 +171,11 @@ def divides_by_count(loss: Callable[[Mapping[str, Any], torch.Tensor], torch.Ten
         loss: called with inputs and a count.
         inputs: a micro-batch.
         count: number of items; the loss is also computed for twice as many.
+
+    Returns:
+        `None` if the micro-batch cannot tell: it has no label, so its loss is 0 or the mean over nothing.
     """
     once, twice = (float(loss(dict(inputs), count * factor)) for factor in (1, 2))
+    if not once or math.isnan(once):
+        return None
     return abs(once - twice) > 0.25 * abs(once)

@@ -188,7 +188,7 @@ class RecordingMixin:
             )
         if scaled and self._loss_divides_by_count is None:
             self._loss_divides_by_count = self._divides_by_count(inputs, num_items_in_batch)
-        by_count = scaled and self._loss_divides_by_count
+        by_count = scaled and self._loss_divides_by_count is not False
         self._recorder.writer.stage["loss"]["normalization"] = "tokens" if by_count else "micro_batch_mean"
         normalizer = num_items_in_batch if by_count else items
         if not scaled:
@@ -198,7 +198,7 @@ class RecordingMixin:
         self._recorder.merge_processes = by_count and counted_over_all
         return normalizer if counted_over_all else normalizer * self.args.world_size
 
-    def _divides_by_count(self, inputs: Any, count: Any) -> bool:
+    def _divides_by_count(self, inputs: Any, count: Any) -> bool | None:
         """Whether a loss that is told the number of items in the whole batch divides by it; tried out once."""
         ours = loss_owner(self) is Trainer
         if not ours or (is_causal_lm(self.model) and self.compute_loss_func is None):

@@ -13,6 +13,8 @@
 # limitations under the License.
 """Every PEFT method after a full stage: recorded, rebuilt, replayed, attributed."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -32,6 +34,7 @@ from hf_source import Queries, SourceAttributor
 from hf_source.errors import DataError, UnsupportedError
 from hf_source.gradients import RowGradients, task_for
 from hf_source.recording import replay
+from hf_source.recording.checks import _refuse_adapters
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -167,6 +170,13 @@ def test_a_method_with_a_loss_of_its_own_is_refused(tmp_path):
     model = get_peft_model(tiny_llama(), config)
     with pytest.raises(UnsupportedError, match="ADALORA adds.*Use another method, such as LoRA"):
         train(tmp_path, model)
+
+
+def test_a_prompt_with_a_loss_of_its_own_is_refused(tmp_path):
+    model = tiny_llama()
+    model.peft_config = {"default": SimpleNamespace(peft_type="CPT")}  # CPT itself wants a tokenizer from the Hub
+    with pytest.raises(UnsupportedError, match="CPT weighs the tokens of its prompt.*Use another method"):
+        _refuse_adapters(model)
 
 
 def test_smoothing_with_a_prompt_is_refused(tmp_path):

@@ -336,6 +336,15 @@ def test_other_ways_to_shard_are_refused(tmp_path, plugin, parallel, message):
         refuse_unsupported(run)
 
 
+def test_compiled_shards_are_refused(tmp_path):
+    run = SourceTrainer(tiny_llama(), config(tmp_path, torch_compile=True), train_dataset=random_rows())
+    run.is_fsdp_enabled = True
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=2))
+    run.accelerator = SimpleNamespace(state=state, parallelism_config=None)
+    with pytest.raises(UnsupportedError, match="FSDP with torch_compile.*Set torch_compile=False"):
+        refuse_unsupported(run)
+
+
 @pytest.mark.parametrize("size", ["get_tp_size", "get_cp_size", "get_sp_size"])
 def test_processes_that_see_the_same_rows_are_refused(tmp_path, size):
     run = SourceTrainer(tiny_llama(), config(tmp_path), train_dataset=random_rows())

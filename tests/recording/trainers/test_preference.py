@@ -247,6 +247,10 @@ def test_sampled_labels_give_the_gauss_newton_matrix(kind):
     [
         ({"loss_type": ["ipo"]}, r"loss_type=\['ipo'\]: train with loss_type='sigmoid'"),
         ({"use_weighting": True}, "use_weighting weighs pairs"),
+        ({"loss_weights": [0.5]}, r"loss_weights=\[0.5\]: leave them out"),
+        ({"f_divergence_type": "js_divergence"}, "f_divergence_type=js_divergence: train with 'reverse_kl'"),
+        ({"ld_alpha": 0.5}, "ld_alpha weighs tokens"),
+        ({"sync_ref_model": True}, "sync_ref_model moves the reference model"),
     ],
 )
 def test_other_losses_are_refused_at_attribution(tmp_path, settings, message):

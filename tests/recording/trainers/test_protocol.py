@@ -22,6 +22,7 @@ from transformers import Trainer
 
 from hf_source import CausalLMTask, Queries, RecordingMixin, RowLossTask, SourceAttributor, TrainingRecord
 from hf_source.errors import UnsupportedError
+from hf_source.recording.losses import divides_by_count
 
 
 class FocalTrainer(Trainer):
@@ -157,3 +158,16 @@ def test_without_sampled_labels_the_curvature_is_the_empirical_fisher(focal):
     bias = model.transformer.ln_f.bias
     expected = torch.stack([torch.autograd.grad(loss, bias, retain_graph=True)[0] for loss in losses]) / 4**0.5
     torch.testing.assert_close(matrices["transformer.ln_f.bias"], expected)
+
+
+@pytest.mark.parametrize(
+    ("loss", "divides"),
+    [
+        (lambda inputs, count: inputs["sum"] / count, True),
+        (lambda inputs, count: inputs["sum"] / 3, False),
+        (lambda inputs, count: 0 * inputs["sum"] / count, None),
+        (lambda inputs, count: inputs["sum"] * float("nan"), None),
+    ],
+)
+def test_whether_a_loss_divides_by_the_count_it_is_told(loss, divides):
+    assert divides_by_count(loss, {"sum": torch.tensor(6.0)}, torch.tensor(4)) is divides
