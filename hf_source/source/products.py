@@ -69,25 +69,21 @@ class ExactProducts:
 
 @dataclass
 class SampledProducts:
-    """The Gauss-Newton matrix of the batch from labels that the model draws, `H ~ S^T S`, one flow per batch.
+    """The Gauss-Newton matrix of the batch from labels that the model draws, `H ~ sum over draws of S^T S`.
 
-    `S` holds a gradient per row and draw, summed over the row's loss items and divided by `sqrt(normalizer x draws)`,
-    so that `E[S^T S]` is the Gauss-Newton matrix of the batch's objective. It has few, large eigenvalues, for which a
-    step of the recorded length is far too long; so the factor `I - eta P H` of the step becomes the flow
-    `exp(-eta P S^T S)`, which never overshoots: with `K = S eta P S^T = U diag(x) U^T`,
+    `S` holds a gradient per row, summed over the row's loss items and divided by `sqrt(normalizer x draws)`, so that
+    the expectation is the Gauss-Newton matrix of the batch's objective. Its eigenvalues are few and large, and a step
+    of the recorded length is far too long for them; so the factor `I - eta P H` of the step becomes the flows
+    `exp(-eta P S^T S)` of one draw after the other, which never overshoot: with `K = S eta P S^T = U diag(x) U^T`,
 
         H h ~ S^T U diag((1 - exp(-x)) / x) U^T S h.
-
-    Draws that do not fit the memory budget at once are applied one chunk after the other.
 
     Attributes:
         draws: labels drawn per row. A step costs about `4 + draws` forward and backward passes over its batch, for any
             number of queries.
-        memory_budget: bytes that the per-row gradients of one parameter may take.
     """
 
     draws: int = 16
-    memory_budget: int = 2**30
     exact = False
 
     def __call__(
@@ -102,14 +98,9 @@ class SampledProducts:
         """See `ExactProducts`; `step_sizes` holds `eta P` of the parameters that the step trains, 0-dim or whole."""
         forces, step_sizes = dict(forces), step_sizes or {}
         total: Vectors = {}
-        count = len(labels_of(batch))
-        largest = max(p.numel() * p.element_size() for p in gradients.parameters.values())
-        together = max(1, min(self.draws, self.memory_budget // (largest * count)))
-        for first in range(0, self.draws, together):
-            draws = min(together, self.draws - first)
-            repeated = {name: value.repeat(draws, *[1] * (value.dim() - 1)) for name, value in batch.items()}
-            generator = torch.Generator().manual_seed(seed + 104729 * first)
-            done = gradients.run(repeated, generator=generator)
+        for draw in range(self.draws):
+            generator = torch.Generator().manual_seed(seed + 104729 * draw)
+            done = gradients.run(batch, generator=generator)
             scale = (normalizer * self.draws) ** -0.5
             for name, part in self._flow(gradients, done, forces, step_sizes, scale).items():
                 total[name] = total[name] + part if name in total else part
@@ -118,7 +109,7 @@ class SampledProducts:
         return total
 
     def _flow(self, gradients, done, forces, step_sizes, scale) -> Vectors:
-        """One chunk: `K` and `S h` in a first turn over the parameters, `S^T (coefficients)` in a second one."""
+        """One draw: `K` and `S h` in a first turn over the parameters, `S^T (coefficients)` in a second one."""
         gram, dots = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for name, columns in _columns(gradients, done, list(forces)):
             columns = as_rows(columns)
