@@ -22,6 +22,7 @@ from accelerate.logging import get_logger
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..errors import UnsupportedError
+from .deepspeed import refuse_deepspeed
 from .losses import describe_loss
 from .models import plain_model
 from .precision import refuse_formats
@@ -117,7 +118,7 @@ def _refuse_compiled(model: torch.nn.Module) -> None:
 
 
 _DEVICES = ("CPU", "GPU", "XPU", "NPU", "MLU", "MUSA", "SDAA")
-_DATA_PARALLEL = ("NO", "FSDP", *(f"MULTI_{device}" for device in _DEVICES))
+_DATA_PARALLEL = ("NO", "FSDP", "DEEPSPEED", *(f"MULTI_{device}" for device in _DEVICES))
 
 
 def _refuse_ways_to_share(trainer: Any) -> None:
@@ -130,11 +131,7 @@ def _refuse_ways_to_share(trainer: Any) -> None:
             "GPU, or show it one GPU (CUDA_VISIBLE_DEVICES=0)."
         )
     if trainer.is_deepspeed_enabled:
-        raise UnsupportedError(
-            "DeepSpeed updates the weights inside the training step and keeps them in buffers of its own, where "
-            "recording cannot follow. Leave `deepspeed=` out and train with plain data parallelism (`accelerate "
-            "launch`), or with FSDP (`fsdp=True`)."
-        )
+        refuse_deepspeed(trainer)
     if trainer.is_fsdp_enabled:
         _refuse_ways_to_shard(trainer)
     kind = str(getattr(accelerator.distributed_type, "name", accelerator.distributed_type))

@@ -73,7 +73,7 @@ def describe_training(trainer: Any) -> dict[str, Any]:
         "max_steps": trainer.state.max_steps,
         "per_device_train_batch_size": trainer.state.train_batch_size,
         "num_processes": args.world_size,
-        "sharded": trainer.is_fsdp_enabled,
+        "sharded": trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "max_grad_norm": float(args.max_grad_norm or 0.0),
         "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
@@ -88,7 +88,10 @@ def describe_training(trainer: Any) -> dict[str, Any]:
 
 
 def _describe_tensor(tensor: torch.Tensor) -> dict[str, Any]:
-    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+    return {
+        "shape": list(getattr(tensor, "ds_shape", tensor.shape)),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+    }
 
 
 def _class_name(thing: Any) -> str:
@@ -164,7 +167,7 @@ def save_model_files(model: torch.nn.Module, writer: RecordWriter) -> None:
 
 def frozen_tensors(model: torch.nn.Module, trained: set[str]) -> dict[str, torch.Tensor]:
     """Parameters that do not train, buffers that belong to the saved state, and what quantised weights need."""
-    frozen = {name: p.detach() for name, p in named_parameters(model) if name not in trained}
+    frozen = {name: p for name, p in named_parameters(model) if name not in trained}
     saved = {unwrapped_name(name) for name in model.state_dict()}
     buffers = {unwrapped_name(name): buffer for name, buffer in model.named_buffers()}
     return frozen | {name: buffer for name, buffer in buffers.items() if name in saved} | quantization_state(model)

@@ -42,7 +42,7 @@ class SegmentAccumulator:
         gradient_mean: sum up `eta c g` too, the gradients as the optimizer gets them.
 
     The sums are float32 for half-precision parameters (a bfloat16 sum stops growing after a few hundred steps) and of
-    the parameters' dtype otherwise. Of sharded parameters (FSDP2) each process sums its own shard.
+    the parameters' dtype otherwise. Of sharded parameters (FSDP2, ZeRO) each process sums its own shard.
     """
 
     def __init__(

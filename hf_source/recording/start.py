@@ -26,6 +26,7 @@ from ..errors import RecordError, UnsupportedError
 from .checkpoints import check_history
 from .checks import refuse_moving_momentum
 from .config import RecordingOptions
+from .deepspeed import FollowedEngine
 from .description import (
     continues,
     describe_stage,
@@ -45,7 +46,7 @@ from .rows.stored import write_rows
 from .rows.streamed import StreamRows
 from .segment_plan import plan_segments, scheduled_learning_rates
 from .segments import NoSums, SegmentAccumulator
-from .sharding import is_sharded, whole_tensors
+from .sharding import Fragment, is_sharded, whole_tensors
 from .warm import save_optimizer_state
 from .writer import RecordWriter
 
@@ -54,7 +55,11 @@ logger = get_logger(__name__)
 
 
 def start_recorder(
-    trainer: Any, options: RecordingOptions, resume_folder: Path | None, processes: Processes
+    trainer: Any,
+    options: RecordingOptions,
+    resume_folder: Path | None,
+    processes: Processes,
+    engine: FollowedEngine | None = None,
 ) -> StageRecorder:
     """The recorder of a run whose optimizer and scheduler exist, and which has not made its first step.
 
@@ -63,6 +68,7 @@ def start_recorder(
         options: where and how to record.
         resume_folder: checkpoint that the trainer has loaded, if it resumes.
         processes: the processes that train together; all of them start here.
+        engine: DeepSpeed's, if it trains.
 
     Raises:
         UnsupportedError: if the optimizer cannot be described.
@@ -71,12 +77,16 @@ def start_recorder(
     processes.agree(lambda: refuse_moving_momentum(trainer.lr_scheduler))
     names = recorded_names(trainer.model)
     optimizer = unwrap_optimizer(trainer.optimizer)
-    description, stage = processes.agree(lambda: _describe(trainer, options, names, resume_folder is not None))
+    if engine is not None:
+        names, optimizer = engine.parts(names), engine.optimizer
+    resumes = resume_folder is not None
+    description, stage = processes.agree(lambda: _describe(trainer, options, names, optimizer, resumes))
     _refuse_other_rows(stage, processes)
     _refuse_other_steps(trainer, processes)
     trained = {name for group in description.groups for name in group.parameters}
-    parameters = {name: p for name, p in named_parameters(trainer.model) if name in trained}
-    weights = {} if resume_folder else _all_weights(trainer.model, trained, processes)
+    parameters = {name: p for p, name in names.items() if name in trained}
+    fragments = {} if engine is None else engine.fragments
+    weights = {} if resume_folder else _all_weights(trainer.model, trained, fragments, processes)
 
     def stage_entry() -> dict[str, Any]:
         if resume_folder is not None:
@@ -112,10 +122,13 @@ def _refuse_other_steps(trainer: Any, processes: Processes) -> None:
 
 
 def _describe(
-    trainer: Any, options: RecordingOptions, names: Mapping[torch.nn.Parameter, str], resumes: bool
+    trainer: Any,
+    options: RecordingOptions,
+    names: Mapping[torch.nn.Parameter, str],
+    optimizer: torch.optim.Optimizer,
+    resumes: bool,
 ) -> tuple[OptimizerDescription, dict[str, Any]]:
     """The optimizer, and the stage's entry of `record.json`."""
-    optimizer = unwrap_optimizer(trainer.optimizer)
     description = describe_optimizer(optimizer, names)
     trained = {name for group in description.groups for name in group.parameters}
     if not trained:
@@ -139,10 +152,12 @@ def _refuse_sharded(description: OptimizerDescription, has_moments: bool) -> Non
         )
 
 
-def _all_weights(model: torch.nn.Module, trained: set[str], processes: Processes) -> dict[str, torch.Tensor]:
+def _all_weights(
+    model: torch.nn.Module, trained: set[str], fragments: Mapping[str, Fragment], processes: Processes
+) -> dict[str, torch.Tensor]:
     """Everything a model is rebuilt from, on the main process."""
     parameters = {name: parameter.detach() for name, parameter in named_parameters(model)}
-    return whole_tensors(parameters | frozen_tensors(model, trained), keep=processes.is_main)
+    return whole_tensors(parameters | frozen_tensors(model, trained) | fragments, keep=processes.is_main)
 
 
 def _store_moments(optimizer: Any, names: Mapping[torch.nn.Parameter, str], writer: RecordWriter) -> None:

@@ -30,6 +30,7 @@ from ..errors import DataError, UnsupportedError
 from .checkpoints import check_checkpoint, forget_checkpoint, last_checkpoint
 from .checks import refuse_unsupported, warn_about_resuming
 from .config import RecordingOptions, SourceConfig
+from .deepspeed import FollowedEngine
 from .lock import writing
 from .losses import divides_by_count, loss_owner
 from .models import context_length, is_causal_lm, predicted_labels
@@ -60,10 +61,12 @@ class _RecordingCallback(TrainerCallback):
         self.trainer._start_recording()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer._before_update()
+        if not self.trainer.is_deepspeed_enabled:  # where the step is made already, and reported
+            self.trainer._before_update()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer._after_update()
+        if not self.trainer.is_deepspeed_enabled:
+            self.trainer._after_update()
 
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer._finish_recording()
@@ -87,6 +90,7 @@ class RecordingMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._recorder: StageRecorder | None = None
+        self._engine: FollowedEngine | None = None
         self._resume_folder: Path | None = None
         self._loss_divides_by_count: bool | None = None
         self.num_train_rows = 0
@@ -218,8 +222,12 @@ class RecordingMixin:
         norm, factor = float(self._grad_norm), clip_factor(self._grad_norm, self.args.max_grad_norm)
         scale = loss_scale(self)
         refuse_broken_gradient(norm, self._recorder.step, scale)
-        rates = learning_rates(self.optimizer)
+        rates = learning_rates(self._recorder.accumulator.optimizer)
         self._recorder.before_update(rates, norm, factor, float(self.state.epoch or 0.0), scale)
+
+    def _before_update_of_engine(self, grad_norm: Any) -> None:
+        self._grad_norm = grad_norm
+        self._before_update()
 
     def _after_update(self) -> None:
         # A fused optimizer is called on an overflow too, and leaves the weights alone itself: Accelerate does not see
@@ -245,7 +253,9 @@ class RecordingMixin:
             try:
                 return super().train(resume_from_checkpoint=found, trial=trial, **kwargs)
             finally:
-                self._recorder = None
+                if self._engine is not None:
+                    self._engine.leave()
+                self._recorder = self._engine = None
 
     def _find_checkpoint(self, options: RecordingOptions, wanted: Any) -> str | None:
         """The checkpoint to go on from, if any; it can be, or the stage can be started."""
@@ -278,10 +288,14 @@ class RecordingMixin:
 
     def _start_recording(self) -> None:
         options = RecordingOptions.from_args(self.args)
+        if self.is_deepspeed_enabled:
+            self._engine = self._processes.agree(lambda: FollowedEngine(self))
         if self._recorder is None:
-            self._recorder = start_recorder(self, options, self._resume_folder, self._processes)
+            self._recorder = start_recorder(self, options, self._resume_folder, self._processes, self._engine)
         else:  # the Trainer starts anew after running out of memory
             self._recorder = restart_recorder(self, options, self._resume_folder, self._recorder)
+        if self._engine is not None:
+            self._engine.report(self._before_update_of_engine, self._after_update)
 
     def _run_epoch(self, *args, **kwargs):
         # Resumed from the checkpoint of its last step in mid-epoch, the parent would make one step too many.

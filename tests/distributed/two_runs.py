@@ -80,6 +80,13 @@ def run(folder, model=None, rows=None, resume=None, trainer=SourceTrainer, **set
         # Accelerate shards on accelerators only. FSDP2 itself works on CPUs, so let it take this for one.
         assert args.device.type == "cpu"
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    if settings.get("deepspeed"):
+        import deepspeed
+
+        assert args.device.type == "cpu"
+        os.environ.pop("ACCELERATE_USE_CPU", None)  # Accelerate leaves DeepSpeed out on CPUs
+        deepspeed.init_distributed("gloo")
+    model = model() if not isinstance(model, torch.nn.Module) else model  # ZeRO 3 shards what is loaded from here on
     trainer = trainer(model, args, train_dataset=rows, **others)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -334,14 +341,15 @@ def refuse_to_write(event, arguments):
         raise AssertionError(f"The second process wrote: {event} {arguments}")
 
 
-def main():
+def main(cases=None):
+    cases = CASES if cases is None else cases
     folder, names = Path(sys.argv[1]), sys.argv[2:]
     if RANK:
         sys.addaudithook(refuse_to_write)
     for name in names:
         ended = None
         try:
-            CASES[name](folder / name)
+            cases[name](folder / name)
         except Exception as error:
             ended = [type(error).__name__, str(error)]
         (folder / name).mkdir(parents=True, exist_ok=True)

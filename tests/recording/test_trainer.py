@@ -26,6 +26,7 @@ from hf_source.data import ROW, CausalLMCollator
 from hf_source.errors import DataError, UnsupportedError
 from hf_source.recording import RecordingMixin, SourceConfig, SourceTrainer, TrainingRecord, replay
 from hf_source.recording.checks import refuse_unsupported
+from hf_source.recording.deepspeed import refuse_deepspeed
 from hf_source.recording.rows.numbering import RowDataset, with_row_numbers
 
 
@@ -309,7 +310,6 @@ def test_settings_that_this_machine_cannot_make_are_refused(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("backend", "message"),
     [
-        ("is_deepspeed_enabled", "DeepSpeed .*plain data parallelism"),
         ("is_distributed_loading_by_transformers", "may see the same rows.*Use data parallelism only"),
     ],
 )
@@ -318,6 +318,30 @@ def test_sharded_training_is_refused(tmp_path, backend, message):
     setattr(run, backend, True)
     with pytest.raises(UnsupportedError, match=message):
         run.train()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"zero_optimization": {"stage": 0}}, "ZeRO stage 0 cannot be recorded. Set `stage`"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer`.*to 'none'"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights`.*Leave it out"),
+        ({"bf16": {"enabled": True}}, "`bf16` of the DeepSpeed config.*Train in float32"),
+        ({"optimizer": {"type": "AdamW"}}, "`optimizer` of the DeepSpeed config.*Leave it out"),
+        ({"scheduler": {"type": "WarmupLR"}}, "`scheduler` of the DeepSpeed config.*set lr_scheduler_type"),
+        ({"pipeline": {"stages": 2}}, "`pipeline` of the DeepSpeed config.*Leave it out, or train with FSDP2"),
+    ],
+)
+def test_what_deepspeed_may_do_beside_zero_is_refused(tmp_path, more, message):
+    """Training itself is tested in `tests/distributed/test_deepspeed.py`, where DeepSpeed is installed."""
+    run = SourceTrainer(tiny_llama(), config(tmp_path), train_dataset=random_rows())
+    fine = {"zero_optimization": {"stage": 2, "offload_param": {"device": "none"}}, "fp16": {"enabled": False}}
+    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(config=fine))
+    run.accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    refuse_deepspeed(run)
+    plugin.hf_ds_config.config = fine | more
+    with pytest.raises(UnsupportedError, match=message):
+        refuse_deepspeed(run)
 
 
 @pytest.mark.parametrize(
