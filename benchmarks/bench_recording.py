@@ -44,7 +44,7 @@ from hf_source.recording import SourceConfig, SourceTrainer
 SMALL = {"model": "gpt2", "n_layer": 2, "n_embd": 96, "vocab_size": 1024, "batch": 32, "tokens": 64}
 MIDDLE = {"model": "gpt2", "n_layer": 6, "n_embd": 320, "vocab_size": 8192, "batch": 8, "tokens": 64}
 # The shape of SmolLM2-135M.
-LARGE = {"model": "llama", "vocab_size": 49152, "batch": 8, "tokens": 64}
+LARGE = {"model": "llama", "vocab_size": 49152, "batch": 8, "tokens": 64, "steps": 14, "runs": 3}
 CASES = {
     "GPT-2, 0.33M parameters, adamw_torch": SMALL,
     "GPT-2, 0.33M parameters, sgd": SMALL | {"optim": "sgd"},
@@ -197,7 +197,7 @@ def main() -> None:
     results = json.loads(options.out.read_text())["results"] if options.only and options.out.is_file() else {}
     for name, case in CASES.items():
         if options.only in name:
-            results[name] = found = measure(case, options.steps, options.runs)
+            results[name] = found = measure(case, case.get("steps", options.steps), case.get("runs", options.runs))
             print(f"{name}: {found['ratio']:.3f} x ({found['median_step_without_ms']:.1f} ms)")
     settings = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
