@@ -63,6 +63,9 @@ NUM_ROWS, NUM_SUBSETS, FRACTION, BATCH_SIZE = 512, 64, 0.02, 32
 METHODS = {
     "grad-dot": {"method": "grad-dot"},
     "grad-cos": {"method": "grad-cos"},
+    "tracin": {"method": "tracin"},
+    "influence ekfac": {"method": "influence", "curvature": "ekfac"},
+    "influence joint": {"method": "influence", "curvature": "joint"},
     "source identity": {"curvature": "identity"},
     "source ekfac": {"curvature": "ekfac"},
     "source joint, no tail": {"tail": False},

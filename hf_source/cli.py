@@ -43,9 +43,12 @@ class Method(StrEnum):
     source = "source"
     stepwise = "stepwise"
     unrolled = "unrolled"
+    influence = "influence"
+    tracin = "tracin"
     grad_dot = "grad-dot"
     grad_cos = "grad-cos"
     bm25 = "bm25"
+    embedding = "embedding"
 
 
 class CurvatureName(StrEnum):

@@ -59,6 +59,7 @@ class SourceAttributor:
         momentum: weigh a row's visits by the updates that its gradients really entered through momentum; `False` gives
             them the learning rate of the step that took them, as in the paper.
         draws: labels drawn per visit of a row for `method="stepwise"`.
+        encoder: sentence encoder of `method="embedding"`: a model of sentence-transformers, its path or Hub id.
         datasets: stage name -> dataset, for stages whose rows the record does not hold or that are given anew.
         model: a callable giving a fresh model for a stage, for architectures that transformers cannot rebuild.
         task: what defines a row's loss, for stages where the record does not say it (if it does in each: for all of
@@ -85,6 +86,7 @@ class SourceAttributor:
         tail: bool = True,
         momentum: bool = True,
         draws: int = 16,
+        encoder: Any = "",
         datasets: Mapping[str, Dataset] | None = None,
         model: Callable[[StageRecord], nn.Module] | None = None,
         task: Task | Mapping[str, Task] | None = None,
@@ -112,6 +114,7 @@ class SourceAttributor:
         self.num_samples = num_samples
         self.momentum = momentum
         self.draws = draws
+        self.encoder = encoder
         self._task = task
         self.data_collator = data_collator
         self.max_tokens_per_batch = max_tokens_per_batch

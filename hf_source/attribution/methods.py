@@ -18,24 +18,26 @@
 
 import re
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ..curvature import CURVATURES
+from ..curvature import CURVATURES, ekfac_inverse, joint_inverse
 from ..errors import ConfigError
 from ..gradients import DPOTask, RowGradients
 from ..recording import StageRecord
-from ..source import ExactProducts, SampledProducts, score_rows, unroll, walk
+from ..source import ExactProducts, SampledProducts, draw_sample, score_rows, unroll, walk
 from .queries import Queries
 
 
 if TYPE_CHECKING:
     from .attributor import SourceAttributor
+    from .rows import StageRows
 
 
 Scores = Iterator[tuple[StageRecord, np.ndarray]]
+Vectors = dict[str, torch.Tensor]
 
 
 def source(attributor: "SourceAttributor", queries: Queries) -> Scores:
@@ -74,9 +76,62 @@ def _unroll(attributor: "SourceAttributor", queries: Queries, products: ExactPro
     )
 
 
+def influence(attributor: "SourceAttributor", queries: Queries) -> Scores:
+    """Influence functions at the final weights: `grad f_q^T (H + lambda)^{-1} grad l_m / N`; nats.
+
+    Koh & Liang 2017 (arXiv 1703.04730, equation 2), with the curvature of each stage's own rows: `"ekfac"` is that of
+    Grosse et al. 2023 (arXiv 2308.03296), `"joint"` takes all layers at once; damping .1 of the mean eigenvalue. `N`
+    counts the stage's loss items. Training is taken to have converged, which is what Source does without.
+
+    Raises:
+        ConfigError: for another curvature.
+    """
+    if attributor.curvature_name not in ("ekfac", "joint"):
+        raise ConfigError(
+            f"method='influence' inverts a curvature that curvature={attributor.curvature_name!r} is not: set it to "
+            "'ekfac' or 'joint'."
+        )
+
+    def solved(rows: "StageRows", gradients: RowGradients, vectors: Vectors) -> Vectors:
+        weights = np.zeros(len(rows.row))
+        weights[rows.trained] = 1.0
+        sample = draw_sample(rows, weights, gradients, attributor.walk_settings(), attributor.seed)
+        if attributor.curvature_name == "ekfac":
+            found = ekfac_inverse(vectors, sample)
+        else:
+            found = joint_inverse(vectors, sample, memory_budget=attributor.memory_budget)
+        items = int(rows.items[rows.trained].sum())
+        return {name: vector / items for name, vector in found.items()}
+
+    return _final_gradients(attributor, queries, transform=solved)
+
+
+def tracin(attributor: "SourceAttributor", queries: Queries) -> Scores:
+    """TracInCP (Pruthi et al. 2020, arXiv 2002.08484, equation 2) over the recorded segments.
+
+    `sum over segments of w_m <grad f_q(theta_l), grad l_m(theta_l)>`, `w_m` the summed learning rate of the row's real
+    visits. No preconditioner, as in the paper, so the unit is nats for SGD only.
+    """
+    for stage in reversed(attributor.record.stages):
+        model, rows = attributor.build_model(stage), attributor.rows(stage)
+        gradients = RowGradients(model, rows.task, stage.trainable)
+        rows.prepare(gradients)
+        gradients.check(rows.collated(rows.shortest(2), attributor.device))
+        scores = np.zeros((len(queries), stage.num_rows), dtype=np.float32)
+        for segment in stage.segments:
+            stage.load_weights(model, segment.index)
+            vectors = attributor.query_gradients(gradients, queries)
+            weights = segment.row_weights()[rows.example]
+            title = f"scoring {stage.name}, segment {segment.index + 1}"
+            for pieces in attributor.progress(attributor.share(rows.batches(np.flatnonzero(weights))), title):
+                dots = score_rows(gradients, rows.collated(pieces, attributor.device), vectors)
+                np.add.at(scores, (slice(None), rows.row[pieces]), dots.numpy() * weights[pieces])
+        yield stage, scores
+
+
 def grad_dot(attributor: "SourceAttributor", queries: Queries) -> Scores:
     """Dot product of query and row gradients at the final weights (Charpiat et al. 2019): unitless."""
-    return _final_gradients(attributor, queries, cosine=False)
+    return _final_gradients(attributor, queries)
 
 
 def grad_cos(attributor: "SourceAttributor", queries: Queries) -> Scores:
@@ -84,7 +139,12 @@ def grad_cos(attributor: "SourceAttributor", queries: Queries) -> Scores:
     return _final_gradients(attributor, queries, cosine=True)
 
 
-def _final_gradients(attributor: "SourceAttributor", queries: Queries, cosine: bool) -> Scores:
+def _final_gradients(
+    attributor: "SourceAttributor",
+    queries: Queries,
+    transform: Callable[["StageRows", RowGradients, Vectors], Vectors] | None = None,
+    cosine: bool = False,
+) -> Scores:
     last = attributor.record.stages[-1]
     model = attributor.build_model(last)
     last.load_weights(model, "final")
@@ -101,6 +161,8 @@ def _final_gradients(attributor: "SourceAttributor", queries: Queries, cosine: b
             rows.task.prepare(attributor.build_model(stage), rows)
         gradients.check(rows.collated(rows.shortest(2), attributor.device))
         vectors = attributor.query_gradients(gradients, queries)
+        if transform is not None:
+            vectors = transform(rows, gradients, vectors)
         scores = np.zeros((len(queries), stage.num_rows), dtype=np.float32)
         for pieces in attributor.progress(attributor.share(rows.batches(rows.trained)), f"scoring {stage.name}"):
             batch = rows.collated(pieces, attributor.device)
@@ -144,20 +206,61 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower()) or [""]
 
 
+def embedding(attributor: "SourceAttributor", queries: Queries) -> Scores:
+    """Cosine of sentence embeddings of each row's text and the query's prompt and completion; unitless.
+
+    The encoder is `encoder=` of the attributor: a model of sentence-transformers, its path or Hub id, or anything with
+    `encode(texts)`.
+
+    Raises:
+        ConfigError: if there is no encoder.
+    """
+    encode = _encoder(attributor.encoder)
+    asked = encode([prompt + completion for _, prompt, completion in queries])
+    for stage in reversed(attributor.record.stages):
+        rows = attributor.rows(stage)
+        scores = np.zeros((len(queries), stage.num_rows), dtype=np.float32)
+        mine = attributor.share(list(rows.trained_rows))
+        scores[:, mine] = asked @ encode([rows.text(row, attributor.processing_class) for row in mine]).T
+        yield stage, scores
+
+
+def _encoder(given: Any) -> Callable[[list[str]], np.ndarray]:
+    if isinstance(given, str) and not given:
+        raise ConfigError(
+            "method='embedding' needs an encoder: pass `encoder=` a sentence-transformers model, its path or Hub id."
+        )
+    if isinstance(given, str):
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise ConfigError(f"encoder={given!r} needs a package: pip install sentence-transformers.") from error
+        given = SentenceTransformer(given)
+
+    def encode(texts: list[str]) -> np.ndarray:
+        found = np.asarray(given.encode(texts), dtype=np.float64)
+        return found / np.linalg.norm(found, axis=1, keepdims=True).clip(1e-30)
+
+    return encode
+
+
 METHODS: dict[str, Callable[["SourceAttributor", Queries], Scores]] = {
     "source": source,
     "stepwise": stepwise,
     "unrolled": unrolled,
+    "influence": influence,
+    "tracin": tracin,
     "grad-dot": grad_dot,
     "grad-cos": grad_cos,
     "bm25": bm25,
+    "embedding": embedding,
 }
 """`method=` of `SourceAttributor`."""
 
-NEED_NO_TASK = {"bm25"}
+NEED_NO_TASK = {"bm25", "embedding"}
 """Methods that compare texts, so that any record will do."""
 
-SCORES_ARE_NATS = {"source", "stepwise", "unrolled"}
+SCORES_ARE_NATS = {"source", "stepwise", "unrolled", "influence"}
 """Methods whose scores are predicted changes of the query's loss, in nats; the others' are unitless."""
 
 

@@ -16,6 +16,7 @@
 from .block import Block, fit_block
 from .ekfac import EKFACCurvature
 from .flow import Flow
+from .inverse import ekfac_inverse, joint_inverse
 from .joint import JointCurvature, SampleSpace
 from .preconditioner import Diagonal, OneSided, Preconditioner, as_preconditioners
 from .sample import FisherSample, systematic_sample
@@ -44,7 +45,9 @@ __all__ = [
     "Preconditioner",
     "SampleSpace",
     "as_preconditioners",
+    "ekfac_inverse",
     "fit_block",
     "gauss_newton",
+    "joint_inverse",
     "systematic_sample",
 ]

@@ -116,7 +116,7 @@ class JointCurvature:
         Returns:
             `x = F_r^T q` (only on parameters that the segment trains) and `q' = exp(-s (P H + Lambda))^T q`.
         """
-        groups = self._groups(vectors, sample)
+        groups = groups_within(self.memory_budget, vectors, sample)
         grams: dict[float, torch.Tensor] = {}
         projections: dict[float, torch.Tensor] = {}
         scoring, carried, kept = {}, {}, {}
@@ -174,20 +174,6 @@ class JointCurvature:
                 scoring[name].mul_(float(integral(rate, flow.length))).add_(change[:count])
                 scoring[name] = flow.preconditioner[name].apply(scoring[name])
 
-    def _groups(self, vectors: Vectors, sample: FisherSample) -> list[list[str]]:
-        """Parameters in groups whose columns of `S` fit the memory budget."""
-        groups: list[list[str]] = [[]]
-        room = self.memory_budget
-        for name in vectors:
-            parameter = sample.gradients.parameters[name]
-            size = sample.size * parameter.numel() * parameter.element_size()
-            if size > room and groups[-1]:
-                groups.append([])
-                room = self.memory_budget
-            groups[-1].append(name)
-            room -= size
-        return groups
-
     def num_passes(self, sizes: Sequence[int], num_samples: int, element_size: int = 4) -> int:
         """Passes over the samples for parameters of the given sizes: 1 if `S` fits the budget, else 2 per group."""
         groups, room = 1, self.memory_budget
@@ -197,6 +183,21 @@ class JointCurvature:
                 groups, room = groups + 1, self.memory_budget
             room -= needed
         return 1 if groups == 1 else 2 * groups
+
+
+def groups_within(memory_budget: int, vectors: Vectors, sample: FisherSample) -> list[list[str]]:
+    """Parameters in groups whose columns of `S` fit the memory budget; one of them alone may exceed it."""
+    groups: list[list[str]] = [[]]
+    room = memory_budget
+    for name in vectors:
+        parameter = sample.gradients.parameters[name]
+        size = sample.size * parameter.numel() * parameter.element_size()
+        if size > room and groups[-1]:
+            groups.append([])
+            room = memory_budget
+        groups[-1].append(name)
+        room -= size
+    return groups
 
 
 def _common_rate(flow: Flow, name: str) -> float:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..gradients import RowGradients, labels_of
+from ..gradients import RowGradients, RowLossTask, labels_of
 from ..gradients.rows import as_rows
 
 
@@ -97,6 +97,8 @@ class SampledProducts:
     ) -> Vectors:
         """See `ExactProducts`; `step_sizes` holds `eta P` of the parameters that the step trains, 0-dim or whole."""
         forces, step_sizes = dict(forces), step_sizes or {}
+        if isinstance(gradients.task, RowLossTask):  # smoothed cross-entropy has the curvature of the plain one
+            gradients = gradients.with_task(gradients.task.unsmoothed())
         total: Vectors = {}
         for draw in range(self.draws):
             generator = torch.Generator().manual_seed(seed + 104729 * draw)

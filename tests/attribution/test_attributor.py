@@ -21,6 +21,8 @@ from hf_source import Queries, SourceAttributor, SourceTrainer, TrainingRecord
 from hf_source.attribution import METHODS
 from hf_source.errors import ConfigError, DataError, RecordError, UnsupportedError
 from hf_source.evaluation import losses_of, retrain
+from hf_source.gradients import RowGradients
+from hf_source.source import draw_sample
 
 from ..cases import byte_tokenizer, config, tiny_gpt2
 from ..story import CAPITALS, chats, facts
@@ -95,9 +97,16 @@ def test_every_curvature_finds_the_fact(story, queries, curvature):
     assert got[0].argmax() == list(CAPITALS).index("Peru")
 
 
+class Letters:
+    """Stands in for a sentence encoder: how often each letter occurs."""
+
+    def encode(self, texts):
+        return [[text.lower().count(letter) for letter in "abcdefghijklmnopqrstuvwxyz"] for text in texts]
+
+
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_scores_every_row(story, queries, method):
-    walker = attributor(story, method=method)
+    walker = attributor(story, method=method, encoder=Letters())
     for stage, num_rows in (("pretrain", 8), ("sft", 4)):
         got = walker.scores(None, queries, stage)
         assert got.shape == (2, num_rows)
@@ -317,3 +326,70 @@ def test_plan_of_unrolling_counts_every_visit(story, queries, settings, products
 def test_draws_must_be_positive(story):
     with pytest.raises(ConfigError, match="draws=0.*16 is usual"):
         attributor(story, method="stepwise", draws=0)
+
+
+def test_embedding_is_the_cosine_of_what_the_encoder_says(story, queries):
+    got = attributor(story, method="embedding", encoder=Letters()).scores(None, queries, "pretrain")
+    rows = np.asarray(Letters().encode(facts()["text"]), dtype=float)
+    asked = np.asarray(Letters().encode(["Peru: Lima", "Q Cuba? A Havana"]), dtype=float)
+    expected = asked @ rows.T / np.linalg.norm(asked, axis=1)[:, None] / np.linalg.norm(rows, axis=1)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    with pytest.raises(ConfigError, match="needs an encoder: pass `encoder=`"):
+        attributor(story, method="embedding").scores(None, queries, "sft")
+
+
+def test_influence_needs_a_curvature_to_invert(story, queries):
+    with pytest.raises(ConfigError, match="curvature='identity' is not: set it to 'ekfac' or 'joint'"):
+        attributor(story, method="influence", curvature="identity").scores(None, queries, "sft")
+    for curvature in ("ekfac", "joint"):
+        scores = attributor(story, method="influence", curvature=curvature).scores(None, queries, "sft")
+        assert scores[1].argmax() == list(CAPITALS).index("Cuba")
+
+
+def test_influence_is_a_damped_newton_step_per_loss_item(story, queries):
+    """Against a dense inverse over all parameters, on the sample that the method draws."""
+    walker = attributor(story, method="influence", dtype=torch.float64)
+    stage = story.stage("sft")
+    got = walker.scores(None, queries, "sft")
+    rows, model = walker.rows(stage), walker.build_model(stage)
+    gradients = RowGradients(model, rows.task, stage.trainable)
+    sample = draw_sample(rows, np.ones(4), gradients, walker.walk_settings(), walker.seed)
+    columns = torch.cat([part.flatten(1) for part in sample.matrices(stage.trainable).values()], dim=1).numpy()
+    asked, own = (
+        torch.cat([vectors[name].flatten(1) for name in stage.trainable], dim=1).numpy()
+        for vectors in (
+            walker.query_gradients(gradients, queries),
+            {name: part for name, _, part in gradients.blocks(gradients.run(rows.collated(range(4), walker.device)))},
+        )
+    )
+    gram = columns @ columns.T
+    strength = 0.1 * gram.trace() / len(gram)
+    inner = np.linalg.solve(gram + strength * np.eye(len(gram)), columns @ own.T)
+    expected = (asked @ own.T - asked @ columns.T @ inner) / strength / rows.items.sum()
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())
+
+
+def test_tracin_sums_dot_products_over_segments_by_real_visits(story, queries):
+    """One segment at a time from the record, with autograd for the gradients."""
+    stage = story.stage("sft")
+    got = attributor(story, method="tracin").scores(None, queries, "sft")
+    model, tokenizer = stage.build_model(torch.float32), byte_tokenizer()
+    encoded = queries.encode(tokenizer, 32)
+    expected = np.zeros_like(got, dtype=np.float64)
+
+    def gradient(row):
+        model.zero_grad()
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+        logits = model(ids).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum").backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    rows = stage.rows()
+    for segment in stage.segments:
+        stage.load_weights(model, segment.index)
+        weights = segment.row_weights()
+        asked = [gradient(row) for row in encoded.rows]
+        for number in range(4):
+            own = gradient(rows[number])
+            expected[:, number] += [weights[number] * float(own @ query) for query in asked]
+    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
