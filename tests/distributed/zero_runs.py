@@ -85,7 +85,8 @@ def resumed(folder, stage):
 
 
 def best(folder, stage):
-    two_runs.best(folder, model=tiny_llama(), **zero(stage))
+    """The first update has a learning rate, and the moments that it made are looked up."""
+    two_runs.best(folder, model=tiny_llama(), warmup_steps=0, **zero(stage))
 
 
 def loaded(folder, stage):
