@@ -188,7 +188,7 @@ def run(kind: str, options: argparse.Namespace, folder: Path, results: dict, sav
 
     for number, recorded in records.items():
         for name, settings in METHODS.items():
-            if options.only not in name:
+            if not any(text in name for text in options.only):
                 continue
             if number != segments[0] and name != "source joint":
                 continue
@@ -199,7 +199,7 @@ def run(kind: str, options: argparse.Namespace, folder: Path, results: dict, sav
                 )
                 label = name if not name.startswith("source") else f"{name}, L={number}, n={size}"
                 note(label, attributor.scores(None, queries), removed, start)
-    if options.only not in "exact derivative":
+    if not any(text in "exact derivative" for text in options.only):
         return
     start = time.perf_counter()
     slopes = derivative(record, queries, removed)
@@ -212,7 +212,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=sorted(PRETRAINING), default=["wiki", "facts"])
     parser.add_argument("--segments", type=int, nargs="+", default=[3], help="numbers of segments compared")
-    parser.add_argument("--only", default="", help="methods whose name holds this text; the others keep their results")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="methods to run, by a part of the name; others are kept"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("lm_lds.json"))
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -235,7 +237,7 @@ def main() -> None:
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
             },
-            "results": report[kind]["results"] if args.only and kind in report else {},
+            "results": report[kind]["results"] if args.only != [""] and kind in report else {},
         }
         save = lambda: args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")  # noqa: E731
         with tempfile.TemporaryDirectory() as folder:
