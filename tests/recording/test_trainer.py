@@ -342,6 +342,10 @@ def test_what_deepspeed_may_do_beside_zero_is_refused(tmp_path, more, message):
     plugin.hf_ds_config.config = fine | more
     with pytest.raises(UnsupportedError, match=message):
         refuse_deepspeed(run)
+    plugin.hf_ds_config.config = fine
+    run.args.auto_find_batch_size = True
+    with pytest.raises(UnsupportedError, match="does not work with DeepSpeed. Set auto_find_batch_size=False"):
+        refuse_deepspeed(run)
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,12 @@ from hf_source import Queries, RecordingMixin, SourceAttributor, SourceConfig, S
 from hf_source.errors import UnsupportedError
 from hf_source.gradients import DPOTask, RewardTask
 from hf_source.recording import replay
+from hf_source.recording.losses import _dpo_loss
 
 
 pytest.importorskip("trl")
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer  # noqa: E402
+from trl.trainer.dpo_trainer import DataCollatorForPreference  # noqa: E402
 
 
 class SourceDPOTrainer(RecordingMixin, DPOTrainer):
@@ -257,6 +259,22 @@ def test_other_losses_are_refused_at_attribution(tmp_path, settings, message):
     record, _ = dpo(tmp_path, "initial", max_steps=1, num_segments=1, **settings)
     with pytest.raises(UnsupportedError, match=message):
         SourceAttributor(record, progress=False).scores(None, Queries.from_text(["a"], ["b"]))
+
+
+class Shuffling(DataCollatorForPreference):
+    """A collator of one's own."""
+
+
+def test_what_else_would_change_the_loss_of_a_pair_is_noted(tmp_path):
+    """Told to attribution by the record; the reason names the fix."""
+    args = arguments(tmp_path, SourceDPOConfig)
+    given = {"args": args, "train_dataset": pairs(), "processing_class": byte_tokenizer(), "ref_model": llama()}
+    run = SourceDPOTrainer(llama(), **given)
+    assert _dpo_loss(run)[2] is None
+    run.aux_loss_enabled = True
+    assert "router_aux_loss_coef adds a loss between rows: set it to 0" in _dpo_loss(run)[2]
+    run = SourceDPOTrainer(llama(), **given, data_collator=Shuffling(pad_token_id=0))
+    assert "it collated with Shuffling: leave data_collator out" in _dpo_loss(run)[2]
 
 
 def test_another_reference_model_has_to_be_precomputed(tmp_path):
