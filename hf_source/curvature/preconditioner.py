@@ -17,39 +17,40 @@ Curvature works in the whitened coordinates `P^{-1/2} theta`, so it needs `P`, `
 and nothing else. Most optimizers' `P` is a number per entry (`Diagonal`); Muon's is a matrix on one side (`OneSided`).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
 
 import torch
 
 
-class Preconditioner:
+class Preconditioner(ABC):
     """`P` of one parameter; vectors are `[count, *parameter.shape]`."""
 
     @property
+    @abstractmethod
     def is_zero(self) -> bool:
         """Whether nothing moves the parameter."""
-        raise NotImplementedError
 
+    @abstractmethod
     def apply(self, vectors: torch.Tensor) -> torch.Tensor:
         """`P v`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def root(self, vectors: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         """`scale P^{1/2} v`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def inverse_root(self, vectors: torch.Tensor) -> torch.Tensor:
         """`P^{-1/2} v`, 0 where `P` is 0."""
-        raise NotImplementedError
 
+    @abstractmethod
     def moves(self, shape: torch.Size) -> torch.Tensor:
         """Which entries the segment moves: bool, broadcastable to `shape`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def whitened_sides(self, left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Factors of `P^{1/2} G` for gradients `G = left_t right_t^T`: `[tokens, m]` and `[tokens, k]`."""
-        raise NotImplementedError
 
 
 class Diagonal(Preconditioner):

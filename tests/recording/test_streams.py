@@ -18,6 +18,7 @@ import pytest
 import torch
 from cases import byte_tokenizer, config, distance, random_rows, tiny_gpt2, tiny_llama
 from datasets import Dataset
+from resuming import KillAfter, Killed
 from spy import Spy, recorded
 from transformers import Trainer, TrainerCallback
 
@@ -26,20 +27,6 @@ from hf_source.data import ROW, CausalLMCollator
 from hf_source.errors import DataError, UnsupportedError
 from hf_source.recording import RecordingMixin, SourceTrainer, TrainingRecord, replay
 from hf_source.recording.rows.streamed import batch_tokens, row_hash
-
-
-class Killed(Exception):
-    """Stands for a process that is killed."""
-
-
-class KillAfter(TrainerCallback):
-    def __init__(self, step, event="on_step_end"):
-        self.step = step
-        setattr(self, event, self.kill)
-
-    def kill(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise Killed
 
 
 class TorchStream(torch.utils.data.IterableDataset):

@@ -20,6 +20,7 @@ share `kappa(j, k)` of the gradient of step `k` the update of step `j` holds, so
     theta_{j+1} - theta_j = -eta_j sum over k <= j of kappa(j, k) P_j g_k     (`P_k` where the buffer holds `P g`).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -50,7 +51,7 @@ class Shares:
     own_rate: bool = False
 
 
-class Rule:
+class Rule(ABC):
     """How one family of optimizers updates a parameter.
 
     Attributes:
@@ -112,6 +113,7 @@ class Rule:
         """What `preconditioner` will want to know and the update changes; noted before `optimizer.step()`."""
         return None
 
+    @abstractmethod
     def preconditioner(
         self,
         parameter: torch.nn.Parameter,
@@ -129,7 +131,6 @@ class Rule:
             updates: updates that the parameter has had, this one included.
             before: result of `before_update`.
         """
-        raise NotImplementedError
 
     def side(self, shape: torch.Size) -> str | None:
         """If `P` is a matrix on one side of a parameter of this shape: `"left"` or `"right"`."""
@@ -151,7 +152,7 @@ class Rule:
         """The optimizer of described groups: dicts of `params`, `lr`, `weight_decay` and the constants."""
         return imported(self.kinds[name])(list(groups))
 
-    def after_build(
+    def after_build(  # noqa: B027  (most rules have nothing to set)
         self,
         optimizer: torch.optim.Optimizer,
         group: Mapping[str, Any],
@@ -167,6 +168,7 @@ class InverseRootRule(Rule):
     1/eps = 1e8 would dominate the average over a segment for, say, a token first seen in mid-segment.
     """
 
+    @abstractmethod
     def second_moment(
         self,
         parameter: torch.nn.Parameter,
@@ -176,11 +178,10 @@ class InverseRootRule(Rule):
         before: Any = None,
     ) -> torch.Tensor:
         """`v`, of the parameter's shape, or the `piece` of it when its memory is seen as one row of numbers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scale_and_eps(self, constants: Mapping[str, Any], updates: int) -> tuple[float, float | None]:
         """`scale` and `eps` of the update; without `eps`, `P` is `scale` for every entry."""
-        raise NotImplementedError
 
     def preconditioner(self, parameter, state, constants, updates, before=None):
         """See `Rule.preconditioner`; of the parameter's shape."""
