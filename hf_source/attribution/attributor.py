@@ -73,7 +73,7 @@ class SourceAttributor:
         progress: show progress bars (main process only).
 
     Raises:
-        ConfigError: if `method` or `curvature` is unknown.
+        ConfigError: if `method` or `curvature` is unknown, or a task lacks a method.
     """
 
     def __init__(
@@ -115,6 +115,8 @@ class SourceAttributor:
         self.momentum = momentum
         self.draws = draws
         self.encoder = encoder
+        for own in task.values() if isinstance(task, Mapping) else [task]:
+            _refuse_incomplete(own)
         self._task = task
         self.data_collator = data_collator
         self.max_tokens_per_batch = max_tokens_per_batch
@@ -455,3 +457,14 @@ class SourceAttributor:
         """A progress bar on the main process."""
         hidden = not self.show_progress or not self.accelerator.is_main_process
         return tqdm(items, desc=description, disable=hidden, leave=False)
+
+
+def _refuse_incomplete(task: Task | None) -> None:
+    """A task of the user's own says what a row's loss is, before anything is computed."""
+    for method in ("forward", "row_losses"):
+        given = getattr(type(task), method, None)
+        if task is not None and (given is None or given is getattr(RowLossTask, method)):
+            raise ConfigError(
+                f"task={type(task).__name__} has no `{method}`: write `forward(model, batch)` (the predictions) and "
+                "`row_losses(outputs, labels)` (one loss a row); see `hf_source.RowLossTask`."
+            )

@@ -49,6 +49,9 @@ from .walk import Vectors, WalkSettings, open_stage, score_rows
 State = dict[str, dict[str, torch.Tensor]]
 """State of the optimizer: parameter name -> key -> tensor."""
 
+# Rounding of a replay in float32 is far below this (2e-5 where it was measured); noise of any kind is above.
+_MOST_MISSED = 0.05
+
 DIFFERENTIABLE = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad")
 
 
@@ -167,7 +170,24 @@ class RecordedRun:
             if step % self.stride == 0:
                 found[step] = snapshot
             snapshot = self._next(step, snapshot)
+        self._refuse_another_run(snapshot)
         return found
+
+    def _refuse_another_run(self, end: Snapshot) -> None:
+        """Raise if the steps did not lead to the recorded weights: then it is not this run that is differentiated."""
+        start, final = self.stage.weights("initial"), self.stage.weights("final")
+        reached = {name: weight.cpu() for name, weight in end.weights.items()}
+        missed, moved = (
+            sum(float((weights[name].double() - final[name].double()).square().sum()) for name in final)
+            for weights in (reached, start)
+        )
+        if missed > _MOST_MISSED**2 * moved:
+            share = np.sqrt(missed / max(moved, 1e-300))
+            raise UnsupportedError(
+                f"Replaying stage {self.stage.name!r} ended {share:.0%} of the distance "
+                "trained away from its recorded weights (noise in training, such as NEFTune, a router loss, or half "
+                "precision), so its steps cannot be followed. Use method='source', which does not replay."
+            )
 
     def _first_state(self) -> State:
         """What the optimizer brought from earlier training."""

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_source import Queries, SourceAttributor, SourceTrainer, TrainingRecord
+from hf_source import Queries, RowLossTask, SourceAttributor, SourceTrainer, TrainingRecord
 from hf_source.attribution import METHODS
 from hf_source.errors import ConfigError, DataError, RecordError, UnsupportedError
 from hf_source.evaluation import losses_of, retrain
@@ -393,3 +393,15 @@ def test_tracin_sums_dot_products_over_segments_by_real_visits(story, queries):
             own = gradient(rows[number])
             expected[:, number] += [weights[number] * float(own @ query) for query in asked]
     np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
+
+
+def test_an_incomplete_task_is_refused_at_once(story):
+    class Half(RowLossTask):
+        def forward(self, model, batch):
+            return model(batch["input_ids"]).logits
+
+    for task in (Half(), {"sft": Half()}):
+        with pytest.raises(ConfigError, match="task=Half has no `row_losses`: write"):
+            attributor(story, task=task)
+    with pytest.raises(ConfigError, match="task=object has no `forward`"):
+        attributor(story, task=object())
