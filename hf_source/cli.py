@@ -13,6 +13,7 @@
 # limitations under the License.
 """`hf-source`: record a training, generate, and ask which rows made the model say it."""
 
+import logging
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -324,6 +325,8 @@ def _read_text(path: Path) -> str:
 
 def main() -> None:
     """Entry point of `hf-source`."""
+    # On import it warns of an optional package of its own, at every command, whether or not it is used.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     app()
 
 
