@@ -244,14 +244,14 @@ def top(
     with friendly_errors():
         from rich.console import Console
 
-        from .attribution.methods import SCORES_ARE_NATS
+        from .attribution.methods import METHODS
         from .outputs.page import write_page
         from .outputs.tables import print_top
 
         attributor = _attributor(record, recipe, settings, _named(method, curvature, num_samples))
         asked = _queries(attributor, queries, prompt, completion, max_new_tokens)
         table = attributor.top(asked, k=k, opposing=opposing)
-        unit = "nats" if attributor.method in SCORES_ARE_NATS else ""
+        unit = "nats" if METHODS[attributor.method].nats else ""
         print_top(Console(), asked, table, unit)
         if out is not None:
             write_page(out, f"Attribution from {record}", asked, table, unit=unit)
@@ -267,8 +267,10 @@ def _named(method: Method | None, curvature: CurvatureName | None, num_samples: 
 def _attributor(record: str, recipe: Path | None, overrides: list[str] | None, named: dict[str, Any]) -> Any:
     """The attributor, with settings from the recipe, then the options given on the command line, then `--set`."""
     import inspect
+    from dataclasses import fields
 
     from . import SourceAttributor
+    from .attribution import METHODS
     from .recipes import apply_override, read_settings
 
     settings = {**(read_settings(recipe) if recipe is not None else {}), **named}
@@ -277,10 +279,15 @@ def _attributor(record: str, recipe: Path | None, overrides: list[str] | None, n
     # Objects such as a dataset or a task cannot be written on a command line.
     parameters = inspect.signature(SourceAttributor.__init__).parameters.values()
     known = {p.name: p.default for p in parameters if isinstance(p.default, (str, int))}
+    method = METHODS.get(str(settings.get("method", known["method"])))
+    own = fields(method.options) if method is not None else ()
+    known |= {field.name: field.default for field in own if isinstance(field.default, (str, int, float))}
     for key, value in settings.items():
         if key not in known:
-            raise ConfigError(f"{key!r} is not a setting of SourceAttributor; it has {', '.join(sorted(known))}.")
-        if type(value) is not type(known[key]):
+            raise ConfigError(
+                f"{key!r} is not a setting of SourceAttributor with this method; it has {', '.join(sorted(known))}."
+            )
+        if type(value) is not type(known[key]) and not (type(known[key]) is float and type(value) is int):
             raise ConfigError(f"{key}={value!r} should be of type {type(known[key]).__name__}, e.g. {known[key]!r}.")
     return SourceAttributor.from_record(record, **settings)
 

@@ -27,6 +27,7 @@ from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..curvature import make_curvature
 from ..data import CausalLMCollator
 from ..errors import ConfigError, DataError, UnsupportedError
 from ..gradients import CausalLMTask, RowGradients, RowLossTask, Seq2SeqTask, Task, is_known, task_for
@@ -35,7 +36,7 @@ from ..recording import StageRecord, TrainingRecord
 from ..recording.quantized import keep_differentiable
 from ..recording.reading.assumed import visits_note
 from ..source import WalkSettings
-from .methods import METHODS, NEED_NO_TASK, make_curvature
+from .methods import METHODS
 from .plan import Plan, make_plan
 from .queries import Queries
 from .rows import StageRows, collate
@@ -58,8 +59,6 @@ class SourceAttributor:
         tail: give `joint` its block-diagonal tail.
         momentum: weigh a row's visits by the updates that its gradients really entered through momentum; `False` gives
             them the learning rate of the step that took them, as in the paper.
-        draws: labels drawn per visit of a row for `method="stepwise"`.
-        encoder: sentence encoder of `method="embedding"`: a model of sentence-transformers, its path or Hub id.
         datasets: stage name -> dataset, for stages whose rows the record does not hold or that are given anew.
         model: a callable giving a fresh model for a stage, for architectures that transformers cannot rebuild.
         task: what defines a row's loss, for stages where the record does not say it (if it does in each: for all of
@@ -71,9 +70,10 @@ class SourceAttributor:
         seed: of the sampled rows and labels.
         accelerator: places the model and shares rows among processes.
         progress: show progress bars (main process only).
+        options: settings of the method, e.g. `draws=4` with `method="stepwise"`; see `METHODS[method].options`.
 
     Raises:
-        ConfigError: if `method` or `curvature` is unknown, or a task lacks a method.
+        ConfigError: if `method`, `curvature` or a setting is unknown, or a task lacks a method.
     """
 
     def __init__(
@@ -85,8 +85,6 @@ class SourceAttributor:
         num_samples: int = 1024,
         tail: bool = True,
         momentum: bool = True,
-        draws: int = 16,
-        encoder: Any = "",
         datasets: Mapping[str, Dataset] | None = None,
         model: Callable[[StageRecord], nn.Module] | None = None,
         task: Task | Mapping[str, Task] | None = None,
@@ -97,24 +95,22 @@ class SourceAttributor:
         seed: int = 0,
         accelerator: Accelerator | None = None,
         progress: bool = True,
+        **options: Any,
     ) -> None:
         if method not in METHODS:
             raise ConfigError(f"method={method!r} is unknown; choose one of {', '.join(sorted(METHODS))}.")
         if num_samples < 1:
             raise ConfigError(f"num_samples={num_samples}: at least one sampled gradient is needed (1024 is usual).")
-        if draws < 1:
-            raise ConfigError(f"draws={draws}: at least one draw of labels is needed (16 is usual).")
         self.record = record
         self.note = visits_note(record.stages)
         if self.note:
             logger.warning(self.note)
         self.method = method
+        self.options = METHODS[method].make_options(method, options, METHODS)
         self.curvature_name = curvature
         self.curvature = make_curvature(curvature, tail=tail, memory_budget=memory_budget)
         self.num_samples = num_samples
         self.momentum = momentum
-        self.draws = draws
-        self.encoder = encoder
         for own in task.values() if isinstance(task, Mapping) else [task]:
             _refuse_incomplete(own)
         self._task = task
@@ -160,7 +156,7 @@ class SourceAttributor:
         return self._rows[record.name]
 
     def _stage_rows(self, stage: StageRecord, dataset: Dataset | None) -> StageRows:
-        task = None if self.method in NEED_NO_TASK else self.task_of(stage)
+        task = None if METHODS[self.method].reads_text else self.task_of(stage)
         return StageRows(stage, dataset, self.processing_class, self.data_collator, self.max_tokens_per_batch, task)
 
     def task_of(self, stage: StageRecord) -> Task:
@@ -361,7 +357,7 @@ class SourceAttributor:
         key = json.dumps(queries.rows, sort_keys=True)
         if key not in self._walks:
             # One walk at a time: its vectors are as large as the model times the queries.
-            self._walks = {key: METHODS[self.method](self, queries)}
+            self._walks = {key: METHODS[self.method].score(self, queries)}
             self._walked[key] = {}
         found = self._walked[key]
         while stage.name not in found:

@@ -139,7 +139,7 @@ def _unrolling_plan(
     """Every visit of a row costs about four passes, and what its curvature takes."""
     visits = sum(segment.num_visits()[rows.example] for segment in stage.segments)
     tokens = int((visits * rows.lengths).sum())
-    products = attributor.draws if attributor.method == "stepwise" else 2 * num_queries
+    products = attributor.options.draws if attributor.method == "stepwise" else 2 * num_queries
     return StagePlan(stage.name, stage.num_rows, stage.num_steps, products, products * tokens, 4 * tokens)
 
 

@@ -13,6 +13,7 @@
 # limitations under the License.
 """Curvature of a segment: how training forgets, as a linear flow on parameters."""
 
+from ..errors import ConfigError
 from .block import Block, fit_block
 from .ekfac import EKFACCurvature
 from .flow import Flow
@@ -30,6 +31,20 @@ CURVATURES = {
     "exact": ExactCurvature,
 }
 """`curvature=` of `SourceAttributor`."""
+
+
+def make_curvature(name: str, **options: object) -> object:
+    """The curvature called `name`, with those of `options` that it has.
+
+    Raises:
+        ConfigError: if there is no such curvature.
+    """
+    if name not in CURVATURES:
+        raise ConfigError(f"curvature={name!r} is unknown; choose one of {', '.join(sorted(CURVATURES))}.")
+    kind = CURVATURES[name]
+    fields = getattr(kind, "__dataclass_fields__", {})
+    return kind(**{key: value for key, value in options.items() if key in fields})
+
 
 __all__ = [
     "CURVATURES",
@@ -49,5 +64,6 @@ __all__ = [
     "fit_block",
     "gauss_newton",
     "joint_inverse",
+    "make_curvature",
     "systematic_sample",
 ]

@@ -106,7 +106,7 @@ class Letters:
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_scores_every_row(story, queries, method):
-    walker = attributor(story, method=method, encoder=Letters())
+    walker = attributor(story, method=method, **({"encoder": Letters()} if method == "embedding" else {}))
     for stage, num_rows in (("pretrain", 8), ("sft", 4)):
         got = walker.scores(None, queries, stage)
         assert got.shape == (2, num_rows)
@@ -326,6 +326,13 @@ def test_plan_of_unrolling_counts_every_visit(story, queries, settings, products
 def test_draws_must_be_positive(story):
     with pytest.raises(ConfigError, match="draws=0.*16 is usual"):
         attributor(story, method="stepwise", draws=0)
+
+
+def test_a_setting_of_another_method_is_refused(story):
+    with pytest.raises(ConfigError, match="'bm25' has no setting 'draws': it has no settings.*method='stepwise'"):
+        attributor(story, method="bm25", draws=4)
+    with pytest.raises(ConfigError, match="'stepwise' has no setting 'drews': its own settings are draws"):
+        attributor(story, method="stepwise", drews=4)
 
 
 def test_embedding_is_the_cosine_of_what_the_encoder_says(story, queries):

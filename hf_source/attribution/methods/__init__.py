@@ -1,0 +1,37 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The methods behind `method=`: `source` is the library's own; the others are what it is compared with."""
+
+from .base import Method
+from .final import grad_cos, grad_dot
+from .influence import influence
+from .source import StepwiseOptions, source, stepwise, unrolled
+from .text import EmbeddingOptions, bm25, embedding
+from .tracin import tracin
+
+
+METHODS: dict[str, Method] = {
+    "source": Method(source, nats=True),
+    "stepwise": Method(stepwise, StepwiseOptions, nats=True),
+    "unrolled": Method(unrolled, nats=True),
+    "influence": Method(influence, nats=True),
+    "tracin": Method(tracin),
+    "grad-dot": Method(grad_dot),
+    "grad-cos": Method(grad_cos),
+    "bm25": Method(bm25, reads_text=True),
+    "embedding": Method(embedding, EmbeddingOptions, reads_text=True),
+}
+"""`method=` of `SourceAttributor`."""
+
+__all__ = ["METHODS", "Method"]

@@ -1,0 +1,71 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a method is: a function that takes queries and yields the scores of one stage after another, last to first."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ...errors import ConfigError
+from ...recording import StageRecord
+from ..queries import Queries
+
+
+if TYPE_CHECKING:
+    from ..attributor import SourceAttributor
+
+
+Scores = Iterator[tuple[StageRecord, np.ndarray]]
+Vectors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Of a method without settings of its own."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to score rows.
+
+    Attributes:
+        score: yields each stage, last to first, with float32 `[queries, rows by number]`; this process's share.
+        options: dataclass of the method's own settings, which are keyword arguments of `SourceAttributor`; it raises
+            `ConfigError` for values that make no sense.
+        nats: whether scores are predicted changes of the query's loss; others have no unit.
+        reads_text: compares texts, without a model or a task, so that any record will do.
+    """
+
+    score: Callable[["SourceAttributor", Queries], Scores]
+    options: type = NoOptions
+    nats: bool = False
+    reads_text: bool = False
+
+    def make_options(self, name: str, given: dict[str, Any], others: dict[str, "Method"]) -> Any:
+        """The method's settings from keyword arguments.
+
+        Raises:
+            ConfigError: for a setting that the method does not have.
+        """
+        own = [field.name for field in fields(self.options)]
+        for key in given:
+            if key not in own:
+                users = [other for other, method in others.items() if key in (f.name for f in fields(method.options))]
+                hint = f" It belongs to method={' or '.join(map(repr, users))}." if users else ""
+                listed = f"its own settings are {', '.join(own)}" if own else "it has no settings of its own"
+                raise ConfigError(f"method={name!r} has no setting {key!r}: {listed}.{hint}")
+        return self.options(**given)

@@ -1,0 +1,77 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`source`: segment by segment. `stepwise`: step by step. `unrolled`: the exact derivative."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ...errors import ConfigError
+from ...source import ExactProducts, SampledProducts, unroll, walk
+from ..queries import Queries
+from .base import Scores
+
+
+if TYPE_CHECKING:
+    from ..attributor import SourceAttributor
+
+
+@dataclass(frozen=True)
+class StepwiseOptions:
+    """Settings of `stepwise`.
+
+    Attributes:
+        draws: labels drawn per visit of a row; more is more accurate, and each costs a pass.
+    """
+
+    draws: int = 16
+
+    def __post_init__(self) -> None:
+        if self.draws < 1:
+            raise ConfigError(f"draws={self.draws}: at least one draw of labels is needed (16 is usual).")
+
+
+def source(attributor: "SourceAttributor", queries: Queries) -> Scores:
+    """Source (Bae et al. 2024, arXiv 2405.12186) with the attributor's curvature; nats."""
+    return walk(
+        attributor.record.stages,
+        attributor.all_rows(),
+        lambda gradients: attributor.query_gradients(gradients, queries),
+        attributor.walk_settings(),
+        attributor.build_model,
+    )
+
+
+def unrolled(attributor: "SourceAttributor", queries: Queries) -> Scores:
+    """Exact derivative of the recorded training (see `source/unrolled.py`); nats. For few queries on short runs."""
+    return _unroll(attributor, queries, ExactProducts())
+
+
+def stepwise(attributor: "SourceAttributor", queries: Queries) -> Scores:
+    """Source with a segment for every step and the optimizer's real moments; nats, for any number of queries.
+
+    Exact unrolling, but for the curvature of a step's batch, which is the Gauss-Newton matrix of labels drawn from the
+    model (`source/products.py`).
+    """
+    return _unroll(attributor, queries, SampledProducts(attributor.options.draws))
+
+
+def _unroll(attributor: "SourceAttributor", queries: Queries, products: ExactProducts | SampledProducts) -> Scores:
+    return unroll(
+        attributor.record.stages,
+        attributor.all_rows(),
+        lambda gradients: attributor.query_gradients(gradients, queries),
+        attributor.walk_settings(),
+        attributor.build_model,
+        products,
+    )
