@@ -13,14 +13,20 @@
 # limitations under the License.
 """Evidence: does a score say what retraining would show?"""
 
+from .cache import RetrainingCache
 from .lds import LDS, linear_datamodelling_score, removal_masks
+from .protocol import Retraining
 from .retraining import losses_of, retrain, retrain_in_chunks
 from .retrieval import Retrieval, retrieval
+from .stacked import StackedRetraining
 
 
 __all__ = [
     "LDS",
+    "Retraining",
+    "RetrainingCache",
     "Retrieval",
+    "StackedRetraining",
     "linear_datamodelling_score",
     "losses_of",
     "removal_masks",

@@ -1,0 +1,224 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Retraining many copies at once, from the record alone: for models small enough that a step is mostly overhead."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.logging import get_logger
+from tqdm.auto import tqdm
+
+from ..attribution.queries import Queries
+from ..data import IGNORE_INDEX
+from ..errors import ConfigError, UnsupportedError
+from ..gradients import CausalLMTask, Seq2SeqTask, Task, task_for
+from ..recording import StageRecord, TrainingRecord
+from ..recording.reading.assumed import require_recorded_visits
+from ..recording.rows.matching import match_rows
+from .cache import RetrainingCache
+from .identity import describe, queries_digest, record_digest
+from .protocol import checked_keep
+from .reorder import fresh_weights, reordered
+from .retraining import losses_of, retrain
+
+
+logger = get_logger(__name__)
+
+
+class StackedRetraining:
+    """Trains copies of a recorded stage, and of the stages after it, each without rows of its own (see `Retraining`).
+
+    Every copy makes the recorded steps. What is left out is a row's term in the sum of its batch: *the row's items
+    stay in the normalizer*, which is exactly what a score predicts. (A `Trainer` on fewer rows would divide by fewer
+    items and, for large subsets, make fewer steps: that is `TrainerRetraining`.) Dropout is off.
+
+    A `seed` gives the rows of the stage other places among the recorded visits, and divides every batch by the items
+    that are then in it. Weights are as recorded, unless `fresh` asks for new ones.
+
+    Args:
+        record: a complete record.
+        queries: what is measured at the end, under the last stage's model.
+        stage: whose rows are left out; may be left out if there is only one.
+        datasets: stage name -> dataset, where the record does not hold the rows.
+        task: stage name -> task, where the record does not say what a row's loss is.
+        measurement: what a query measures: its `row_losses`; by default the loss of its text.
+        data_collator: the Trainer's, if it was not the default one.
+        fresh: with a `seed`, start from newly initialised weights; for stages that train a model from scratch.
+        chunk: copies trained at once.
+        dtype: of training.
+        cache: where finished retrainings are kept: a `RetrainingCache`, a folder, or by default the record's.
+        progress: show a bar.
+
+    Raises:
+        UnsupportedError: if the record does not say which row was trained on when, or a later stage does not go on
+            from the stage.
+        RecordError, DataError: if the record is not complete, or its rows are not there.
+    """
+
+    def __init__(
+        self,
+        record: TrainingRecord,
+        queries: Queries,
+        *,
+        stage: str | None = None,
+        datasets: Mapping[str, Any] | None = None,
+        task: Mapping[str, Task] | Task | None = None,
+        measurement: Task | None = None,
+        data_collator: Any = None,
+        fresh: bool = False,
+        chunk: int = 16,
+        dtype: torch.dtype = torch.float32,
+        cache: RetrainingCache | str | Path | None = None,
+        progress: bool = True,
+    ) -> None:
+        record.require_complete()
+        self.record = record
+        self.stage = record.stage(stage)
+        self.stages = chain(record, self.stage)
+        for later in self.stages:
+            require_recorded_visits(later, "trained again")
+            if later.packing is not None:
+                raise UnsupportedError(
+                    f"Stage {later.name!r} packed its rows into sequences, of which copies cannot leave parts out: "
+                    "use TrainerRetraining."
+                )
+            if later.training.get("dropout"):
+                logger.warning(f"Stage '{later.name}' trained with dropout; stacked copies train without.")
+        if fresh and (self.stage.parent is not None or self.stage.model["peft"]):
+            raise ConfigError(
+                f"fresh=True: stage {self.stage.name!r} did not start from scratch, so its weights cannot be "
+                "initialised anew. Leave it out: another seed then means another order."
+            )
+        last = record.stages[-1]
+        self.queries = queries.encode(record.processing_class(), last.context_length, last.is_encoder_decoder)
+        self.tasks = {own.name: _task_of(task, own) for own in self.stages}
+        self.measurement = measurement or measurement_of(self.queries, self.tasks[last.name])
+        self.data_collator, self.fresh, self.chunk, self.dtype = data_collator, fresh, chunk, dtype
+        self.cache = RetrainingCache.of(cache, record.path)
+        self.progress = progress
+        self.num_rows = self.stage.num_rows
+        self.num_queries = len(queries)
+        self._rows = {
+            own.name: RowsByNumber(own, (datasets or {}).get(own.name), record.processing_class(), data_collator)
+            for own in self.stages
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """What the losses depend on."""
+        return {
+            "retraining": "stacked",
+            "record": record_digest(self.record, self.stage),
+            "stage": self.stage.name,
+            "queries": queries_digest(self.queries),
+            "tasks": {name: describe(task) for name, task in self.tasks.items()},
+            "measurement": describe(self.measurement),
+            "data_collator": describe(self.data_collator),
+            "fresh": self.fresh,
+            "dtype": str(self.dtype),
+        }
+
+    def losses(self, keep: np.ndarray, seed: int | None = None) -> np.ndarray:
+        """See `Retraining.losses`."""
+        keep = checked_keep(keep, self.num_rows)
+        return self.cache.fill(self.settings(), keep, seed, self.num_queries, self._train)
+
+    def _train(self, keep: np.ndarray, seed: int | None) -> Iterator[tuple[list[int], np.ndarray]]:
+        starts = range(0, len(keep), self.chunk)
+        bar = tqdm(total=len(keep), desc=f"retraining {self.stage.name!r}", disable=not self.progress, leave=False)
+        with bar:
+            for start in starts:
+                copies = list(range(start, min(start + self.chunk, len(keep))))
+                yield copies, self._losses(keep[copies], seed)
+                bar.update(len(copies))
+
+    def _losses(self, keep: np.ndarray, seed: int | None) -> np.ndarray:
+        """Losses of one chunk: through the stage without rows, then through the later ones with all of theirs."""
+        copies, start = len(keep), None
+        if self.fresh and seed is not None:
+            weights = fresh_weights(self.stage, seed)
+            start = {name: value.expand(copies, *value.shape) for name, value in weights.items()}
+        for stage in self.stages:
+            rows = self._rows[stage.name]
+            task = self.tasks[stage.name]
+            masks = keep if stage is self.stage else np.ones((copies, stage.num_rows), dtype=bool)
+            if seed is not None and stage is self.stage:
+                stage = reordered(stage, rows.numbers, rows.counts(task.count_items), rows.counts(_labels), seed)
+            options = {"task": task, "dtype": self.dtype, "data_collator": self.data_collator}
+            model, start = retrain(stage, rows, masks, start=start, **options)
+        return losses_of(model, start, self.queries.rows, self.measurement)
+
+
+class RowsByNumber(Sequence):
+    """Rows of a stage by their number in training, whatever the order of the dataset.
+
+    Attributes:
+        numbers: int64, of the rows that there are; the Trainer may have filtered others out.
+    """
+
+    def __init__(self, stage: StageRecord, dataset: Any, processing_class: Any, data_collator: Any) -> None:
+        matched = match_rows(stage, dataset, processing_class, data_collator)
+        self.stage, self.dataset, self.numbers = stage, matched.dataset.with_format(None), matched.numbers
+        self._place = {int(number): place for place, number in enumerate(matched.numbers)}
+
+    def __len__(self) -> int:
+        return self.stage.num_rows
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self.dataset[self._place[number]]
+
+    def counts(self, count: Callable[[Mapping[str, Any]], int]) -> np.ndarray:
+        """Something counted of every row, int64 `[rows]`; 0 where there is none."""
+        counts = np.zeros(len(self), dtype=np.int64)
+        for number, row in zip(self.numbers, self.dataset, strict=True):
+            counts[number] = count(row)
+        return counts
+
+
+def _labels(row: Mapping[str, Any]) -> int:
+    labels = row.get("labels", row.get("input_ids"))
+    return sum(label != IGNORE_INDEX for label in labels) if isinstance(labels, list) else 1
+
+
+def chain(record: TrainingRecord, stage: StageRecord) -> list[StageRecord]:
+    """The stage and all that train after it.
+
+    Raises:
+        UnsupportedError: if one of them did not start from the weights that the one before ended with.
+    """
+    stages = record.stages[stage.index :]
+    for later in stages[1:]:
+        if not later.continues_parent:
+            raise UnsupportedError(
+                f"Stage {later.name!r} does not go on from {later.parent!r}, so leaving rows out of {stage.name!r} "
+                f"does not reach the last model: evaluate a stage from {later.name!r} on."
+            )
+    return stages
+
+
+def measurement_of(queries: Queries, task: Task) -> Task:
+    """What queries measure, as attribution does it: see `SourceAttributor.measurement`."""
+    if queries.are_rows:
+        return task
+    if isinstance(task, (CausalLMTask, Seq2SeqTask)):
+        return task.unsmoothed()
+    return CausalLMTask()
+
+
+def _task_of(given: Mapping[str, Task] | Task | None, stage: StageRecord) -> Task:
+    if isinstance(given, Mapping):
+        return given.get(stage.name) or task_for(stage)
+    return given or task_for(stage)
