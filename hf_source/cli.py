@@ -57,6 +57,8 @@ class CurvatureName(StrEnum):
 
     joint = "joint"
     ekfac = "ekfac"
+    ekfac_hybrid = "ekfac-hybrid"
+    diagonal = "diagonal"
     identity = "identity"
     exact = "exact"
 

@@ -54,7 +54,8 @@ class SourceAttributor:
     Args:
         record: what training left behind.
         method: one of `hf_source.attribution.METHODS`.
-        curvature: `"joint"` (all layers at once), `"ekfac"` (the paper's), `"identity"`, `"exact"` (tiny models).
+        curvature: `"joint"` (all layers at once), `"ekfac"` (the paper's, whitened by the optimizer), `"ekfac-hybrid"`
+            (the paper's form for Adam), `"diagonal"`, `"identity"`, `"exact"` (tiny models).
         num_samples: sampled-label gradients per segment; more is more accurate and costs `num_samples^2` memory.
         tail: give `joint` its block-diagonal tail.
         momentum: weigh a row's visits by the updates that its gradients really entered through momentum; `False` gives
@@ -108,7 +109,8 @@ class SourceAttributor:
         self.method = method
         self.options = METHODS[method].make_options(method, options, METHODS)
         self.curvature_name = curvature
-        self.curvature = make_curvature(curvature, tail=tail, memory_budget=memory_budget)
+        own = {"damping": self.options.damping} if hasattr(self.options, "damping") else {}
+        self.curvature = make_curvature(curvature, tail=tail, memory_budget=memory_budget, **own)
         self.num_samples = num_samples
         self.momentum = momentum
         for own in task.values() if isinstance(task, Mapping) else [task]:

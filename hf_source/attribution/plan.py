@@ -116,7 +116,7 @@ def make_plan(attributor: "SourceAttributor", queries: Queries, target: StageRec
 def _sample_passes(attributor: "SourceAttributor", sizes: list[int], element: int) -> int:
     if isinstance(attributor.curvature, JointCurvature):
         return attributor.curvature.num_passes(sizes, attributor.num_samples, element)
-    return {"ekfac": 2, "identity": 0, "exact": 1}.get(attributor.curvature_name, 1)
+    return {"ekfac": 2, "ekfac-hybrid": 3, "identity": 0}.get(attributor.curvature_name, 1)
 
 
 def _stage_plan(attributor: "SourceAttributor", stage: StageRecord, passes: int, num_queries: int) -> StagePlan:

@@ -15,8 +15,10 @@
 
 from ..errors import ConfigError
 from .block import Block, fit_block
+from .diagonal import DiagonalCurvature
 from .ekfac import EKFACCurvature
 from .flow import Flow
+from .hybrid import EKFACHybridCurvature
 from .inverse import ekfac_inverse, joint_inverse
 from .joint import JointCurvature, SampleSpace
 from .preconditioner import Diagonal, OneSided, Preconditioner, as_preconditioners
@@ -27,6 +29,8 @@ from .simple import ExactCurvature, IdentityCurvature, gauss_newton
 CURVATURES = {
     "joint": JointCurvature,
     "ekfac": EKFACCurvature,
+    "ekfac-hybrid": EKFACHybridCurvature,
+    "diagonal": DiagonalCurvature,
     "identity": IdentityCurvature,
     "exact": ExactCurvature,
 }
@@ -50,7 +54,9 @@ __all__ = [
     "CURVATURES",
     "Block",
     "Diagonal",
+    "DiagonalCurvature",
     "EKFACCurvature",
+    "EKFACHybridCurvature",
     "ExactCurvature",
     "FisherSample",
     "Flow",

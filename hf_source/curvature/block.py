@@ -51,6 +51,11 @@ class Block:
     eigenvalues: torch.Tensor
     preconditioner: Preconditioner
 
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether functions of the block act on each entry alone."""
+        return self.left is None and self.right is None and isinstance(self.preconditioner, Diagonal)
+
     def apply(self, vectors: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """`P^{-1/2} function(A) P^{1/2}` on `[vectors, *parameter.shape]`; entries with `P = 0` stay as they are."""
         change = rotate(as_matrices(self.preconditioner.root(vectors)), self.left, self.right)

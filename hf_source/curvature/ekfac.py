@@ -25,6 +25,7 @@ its gradient matrix. For a `P` that is not constant the covariances are those of
 so that the basis belongs to the whitened gradient.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -96,21 +97,7 @@ class EKFACCurvature:
         Different blocks do not interact, so a parameter that the segment does not train passes unchanged.
         """
         trained = [name for name in vectors if flow.trains(name)]
-        blocks = self.fit(trained, flow, sample)
-        # Decay goes outside the blocks: they leave alone what the segment does not move, but it decays all the same.
-        carried = {name: q * decayed(flow.decay[name].to(q), flow.length) for name, q in vectors.items()}
-        scoring = {}
-        for name, block in blocks.items():
-            decay = flow.decay[name].to(block.eigenvalues)
-            if decay.dim():  # coupled decay under Adam is elementwise: split it off
-                scoring_q = vectors[name] * (integral(decay, flow.length) / flow.length)
-                rate = torch.zeros_like(decay.sum())
-            else:
-                scoring_q, rate = vectors[name], decay
-            integrated = block.apply(scoring_q, lambda mu, r=rate: integral(mu + r, flow.length))
-            scoring[name] = flow.preconditioner[name].apply(integrated)
-            carried[name] = block.apply(carried[name], lambda mu: decayed(mu, flow.length))
-        return scoring, carried
+        return through_blocks(vectors, flow, self.fit(trained, flow, sample))
 
     def fit(self, names: list[str], flow: Flow, sample: FisherSample) -> dict[str, Block]:
         """Two passes over the samples: bases, then eigenvalues in them."""
@@ -136,3 +123,31 @@ class EKFACCurvature:
             for name, _, grads in gradients.blocks(done, others):
                 moments[name].add(as_matrices(flow.preconditioner[name].root(grads, sample.scale)))
         return {name: moments[name].bases() for name in names}
+
+
+def through_blocks(vectors: Vectors, flow: Flow, blocks: Mapping[str, Block]) -> tuple[Vectors, Vectors]:
+    """Carry query vectors through a segment whose curvature is a block per trained parameter.
+
+    Args:
+        vectors: `q`, name -> `[queries, *parameter.shape]`; left unchanged.
+        flow: the segment's constants.
+        blocks: of the parameters that the segment trains.
+
+    Returns:
+        `F_r^T q` (only where there is a block) and `exp(-s (P H + Lambda))^T q`.
+    """
+    # Decay goes outside the blocks: they leave alone what the segment does not move, but it decays all the same.
+    carried = {name: q * decayed(flow.decay[name].to(q), flow.length) for name, q in vectors.items()}
+    scoring = {}
+    for name, block in blocks.items():
+        decay = flow.decay[name].to(block.eigenvalues)
+        q, rate = vectors[name], decay
+        if decay.dim() and block.is_elementwise:
+            rate = decay.view_as(block.eigenvalues)
+        elif decay.dim():  # coupled decay under Adam is elementwise: split it off
+            q = q * (integral(decay, flow.length) / flow.length)
+            rate = torch.zeros_like(decay.sum())
+        integrated = block.apply(q, lambda mu, r=rate: integral(mu + r, flow.length))
+        scoring[name] = flow.preconditioner[name].apply(integrated)
+        carried[name] = block.apply(carried[name], lambda mu: decayed(mu, flow.length))
+    return scoring, carried

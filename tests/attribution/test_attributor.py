@@ -91,10 +91,22 @@ def test_shuffled_rows_keep_their_scores(story, queries, scores):
     np.testing.assert_allclose(np.asarray(scored["source_lima"]), expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("curvature", ["joint", "ekfac", "identity"])
+@pytest.mark.parametrize("curvature", ["joint", "ekfac", "ekfac-hybrid", "diagonal", "identity"])
 def test_every_curvature_finds_the_fact(story, queries, curvature):
     got = attributor(story, curvature=curvature).scores(None, queries, "pretrain")
     assert got[0].argmax() == list(CAPITALS).index("Peru")
+
+
+def test_the_damping_of_the_hybrid(story, queries):
+    first, second = (
+        attributor(story, curvature="ekfac-hybrid", damping=damping).scores(None, queries, "sft")
+        for damping in (0.1, 1.0)
+    )
+    assert np.abs(second).max() < np.abs(first).max()
+    default = attributor(story, curvature="ekfac-hybrid").scores(None, queries, "sft")
+    np.testing.assert_array_equal(default, first)
+    with pytest.raises(ConfigError, match="damping=0.0: the inverse needs a positive damping"):
+        attributor(story, curvature="ekfac-hybrid", damping=0.0)
 
 
 class Letters:

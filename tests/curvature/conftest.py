@@ -21,6 +21,7 @@ import oracles
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_source.curvature import FisherSample, Flow
 from hf_source.gradients import CausalLMTask, RowGradients
@@ -124,6 +125,33 @@ class Segment:
             oracles.worst_error(scoring, on_trained, self.model, self.trained),
             oracles.worst_error(carried, expected[1], self.model, self.names),
         )
+
+    def is_kronecker(self, name: str) -> bool:
+        """Whether the parameter is the weight of a Linear or Conv1D, used only there."""
+        if self.kind == "odd" and name in oracles.ODD_FALLBACK:
+            return False
+        if name in oracles.embedding_names(self.model, self.names):
+            return False  # a head tied to it included
+        return name.endswith("weight") and isinstance(self.owner(name), nn.Linear | Conv1D)
+
+    def bases(self, name: str, whitened: np.ndarray, P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`L`, `R` by definition: covariances of scaled output gradients and inputs, or moments of gradients."""
+        if not self.is_kronecker(name):
+            return oracles.gradient_bases(whitened, name in oracles.embedding_names(self.model, self.names))
+        traffic = [
+            oracles.layer_traffic(oracles.trainable(self.model), self.owner(name), batch, labels)
+            for batch, labels in zip(self.batches, self.labels, strict=True)
+        ] if name.partition(".")[0] != "idle" else []  # fmt: skip
+        if not traffic:
+            return np.eye(whitened.shape[1]), np.eye(whitened.shape[2])
+        inputs, grads = (np.concatenate(side) for side in zip(*traffic, strict=True))
+        by_row, by_column = P.mean(axis=1), P.mean(axis=0)  # P ~ u v^T up to a factor, which no eigenvector sees
+        if isinstance(self.owner(name), Conv1D):  # its weight is [in, out]
+            sides = inputs, grads
+        else:
+            sides = grads, inputs
+        scaled = sides[0] * np.sqrt(by_row), sides[1] * np.sqrt(by_column)
+        return tuple(oracles.eigenbasis(side.T @ side) for side in scaled)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.gradients.parameters[name].shape)

@@ -21,8 +21,6 @@ import oracles
 import pytest
 import scipy.linalg
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from hf_source.curvature import EKFACCurvature, Flow, fit_block
 
@@ -30,35 +28,6 @@ from hf_source.curvature import EKFACCurvature, Flow, fit_block
 # Eigenvectors of nearby small eigenvalues mix, but where they do the corrected eigenvalues are small as well.
 # Measured: 2e-14.
 TOLERANCE = 1e-9
-
-
-def kronecker(made, name: str) -> bool:
-    """Whether the parameter is the weight of a Linear or Conv1D, used only there."""
-    if made.kind == "odd" and name in oracles.ODD_FALLBACK:
-        return False
-    if name in oracles.embedding_names(made.model, made.names):
-        return False  # a head tied to it included
-    return name.endswith("weight") and isinstance(made.owner(name), nn.Linear | Conv1D)
-
-
-def bases(made, name: str, whitened: np.ndarray, P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`L`, `R` by definition: covariances of (scaled) output gradients and inputs, or second moments of gradients."""
-    if not kronecker(made, name):
-        return oracles.gradient_bases(whitened, name in oracles.embedding_names(made.model, made.names))
-    traffic = [
-        oracles.layer_traffic(oracles.trainable(made.model), made.owner(name), batch, labels)
-        for batch, labels in zip(made.batches, made.labels, strict=True)
-    ] if name.partition(".")[0] != "idle" else []  # fmt: skip
-    if not traffic:
-        return np.eye(whitened.shape[1]), np.eye(whitened.shape[2])
-    inputs, grads = (np.concatenate(side) for side in zip(*traffic, strict=True))
-    by_row, by_column = P.mean(axis=1), P.mean(axis=0)  # P ~ u v^T up to a factor, which no eigenvector sees
-    if isinstance(made.owner(name), Conv1D):  # its weight is [in, out]
-        sides = inputs, grads
-    else:
-        sides = grads, inputs
-    scaled = sides[0] * np.sqrt(by_row), sides[1] * np.sqrt(by_column)
-    return tuple(oracles.eigenbasis(side.T @ side) for side in scaled)
 
 
 def reference(made) -> tuple[np.ndarray, np.ndarray]:
@@ -75,7 +44,7 @@ def reference(made) -> tuple[np.ndarray, np.ndarray]:
             carried[name] = q * np.exp(-length * decay)
             continue
         whitened = columns[name].reshape(made.size, *shape) * np.sqrt(P)
-        left, right = bases(made, name, whitened, P)
+        left, right = made.bases(name, whitened, P)
         eigenvalues = oracles.corrected_eigenvalues(whitened, left, right)
         on = P.ravel() > 0
         if made.Lambda[name].dim():  # decay that differs between entries is split off
@@ -107,7 +76,7 @@ def test_blocks_equal_their_definition(segment, kind, preconditioner, decay):
 def test_every_kind_of_factor_is_among_the_cases(segment):
     """Or the cases above would prove less than they seem to."""
     made = {kind: segment(kind) for kind in ("gpt2", "llama", "lora-gpt2", "odd")}
-    kfac = {kind: {name for name in one.names if kronecker(one, name)} for kind, one in made.items()}
+    kfac = {kind: {name for name in one.names if one.is_kronecker(name)} for kind, one in made.items()}
     assert "transformer.h.0.attn.c_attn.weight" in kfac["gpt2"] and "transformer.wte.weight" not in kfac["gpt2"]
     assert {"lm_head.weight", "model.layers.0.mlp.up_proj.weight"} <= kfac["llama"]
     assert sum("lora_" in name for name in kfac["lora-gpt2"]) == 8 and len(kfac["lora-gpt2"]) == 12
@@ -124,7 +93,7 @@ def test_sgd_gives_the_formulas_of_the_paper(segment, kind, name):
     made.flow = Flow(made.length, made.P, made.Lambda)
     columns = oracles.split(made.S, made.model, made.names)[name]
     whitened = columns.reshape(made.size, *made.shape(name))
-    left, right = bases(made, name, whitened, np.ones(made.shape(name)))
+    left, right = made.bases(name, whitened, np.ones(made.shape(name)))
     basis = np.kron(left, right)
     H = basis @ np.diag(oracles.corrected_eigenvalues(whitened, left, right).ravel()) @ basis.T
     assert np.linalg.cond(H) < 1e8  # or the formula's inverse has no meaning

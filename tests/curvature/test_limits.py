@@ -18,13 +18,21 @@ import oracles
 import pytest
 import torch
 
-from hf_source.curvature import EKFACCurvature, ExactCurvature, Flow, IdentityCurvature, JointCurvature
+from hf_source.curvature import (
+    DiagonalCurvature,
+    EKFACCurvature,
+    ExactCurvature,
+    Flow,
+    IdentityCurvature,
+    JointCurvature,
+)
 
 
 CURVATURES = {
     "joint": JointCurvature(tail=False),
     "tail then joint": JointCurvature(),
     "ekfac": EKFACCurvature(),
+    "diagonal": DiagonalCurvature(),
     "exact": ExactCurvature(),
     "identity": IdentityCurvature(),
 }

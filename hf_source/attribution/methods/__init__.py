@@ -16,13 +16,13 @@
 from .base import Method
 from .final import grad_cos, grad_dot
 from .influence import influence
-from .source import StepwiseOptions, source, stepwise, unrolled
+from .source import SourceOptions, StepwiseOptions, source, stepwise, unrolled
 from .text import EmbeddingOptions, bm25, embedding
 from .tracin import tracin
 
 
 METHODS: dict[str, Method] = {
-    "source": Method(source, nats=True),
+    "source": Method(source, SourceOptions, nats=True),
     "stepwise": Method(stepwise, StepwiseOptions, nats=True),
     "unrolled": Method(unrolled, nats=True),
     "influence": Method(influence, nats=True),

@@ -27,6 +27,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class SourceOptions:
+    """Settings of `source`.
+
+    Attributes:
+        damping: of the inverse in `curvature="ekfac-hybrid"`, as a share of each block's mean eigenvalue; no other
+            curvature of Source has one.
+    """
+
+    damping: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not self.damping > 0:
+            raise ConfigError(f"damping={self.damping}: the inverse needs a positive damping (0.1 is usual).")
+
+
+@dataclass(frozen=True)
 class StepwiseOptions:
     """Settings of `stepwise`.
 
