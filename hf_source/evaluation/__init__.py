@@ -16,6 +16,7 @@
 from .cache import RetrainingCache
 from .lds import LDS, linear_datamodelling_score, removal_masks
 from .protocol import Retraining
+from .report import Entry, Report
 from .retraining import losses_of, retrain, retrain_in_chunks
 from .retrieval import Retrieval, retrieval
 from .stacked import StackedRetraining
@@ -23,6 +24,8 @@ from .stacked import StackedRetraining
 
 __all__ = [
     "LDS",
+    "Entry",
+    "Report",
     "Retraining",
     "RetrainingCache",
     "Retrieval",

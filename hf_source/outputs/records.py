@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..recording import StageRecord, TrainingRecord
-from .tables import _shown
+from .tables import shown
 
 
 def print_record(console: Console, record: TrainingRecord) -> None:
@@ -44,7 +44,7 @@ def print_record(console: Console, record: TrainingRecord) -> None:
 
 
 def _line(console: Console, text: str) -> None:
-    console.print(Text(_shown(text)), soft_wrap=True)
+    console.print(Text(shown(text)), soft_wrap=True)
 
 
 def _stages(record: TrainingRecord) -> Table:
@@ -57,7 +57,7 @@ def _stages(record: TrainingRecord) -> Table:
         trained = sum(_numel(stage.tensor_info[name]["shape"]) for name in stage.trainable)
         stored = any(name.endswith("/rows.parquet") for name in stage.data["files"])
         table.add_row(
-            Text(_shown(stage.name)),
+            Text(shown(stage.name)),
             Text(stage.status, "green" if stage.status == "complete" else "yellow"),
             Text(stage.data["visits"], "" if stage.data["visits"] == "recorded" else "yellow"),
             f"{stage.num_steps:,}",
@@ -78,7 +78,7 @@ def _segments(record: TrainingRecord) -> Table:
     for stage in record.stages:
         for segment in stage.segments:
             table.add_row(
-                Text(_shown(stage.name)),
+                Text(shown(stage.name)),
                 str(segment.index),
                 f"{segment.first_step}-{segment.end_step - 1}",
                 f"{segment.learning_rate_sum:.6g}",

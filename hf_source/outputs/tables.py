@@ -37,11 +37,11 @@ def print_top(
     """
     rows = list(top)
     if top.info.description:
-        console.print(Text(_shown(top.info.description), "yellow"))
+        console.print(Text(shown(top.info.description), "yellow"))
     for name, prompt, completion in queries:
         console.print()
-        said = (_shown(completion), "bold yellow")
-        console.print(Text.assemble((_shown(name), "bold"), "  ", _shown(prompt), said), highlight=False)
+        said = (shown(completion), "bold yellow")
+        console.print(Text.assemble((shown(name), "bold"), "  ", shown(prompt), said), highlight=False)
         table = Table(box=None, pad_edge=False, header_style="dim")
         table.add_column("stage")
         table.add_column(Text(f"score ({unit})" if unit else "score"), justify="right")
@@ -51,10 +51,10 @@ def print_top(
             style = "green" if row["score"] >= 0 else "red"
             note = marked.get((name, row["stage"], row["row"]), "")
             table.add_row(
-                Text(_shown(row["stage"])),
+                Text(shown(row["stage"])),
                 Text(f"{row['score']:+.4f}", style),
                 str(row["row"]),
-                Text.assemble(_one_line(row["text"]), (f"  {_shown(note)}" if note else "", "bold yellow")),
+                Text.assemble(_one_line(row["text"]), (f"  {shown(note)}" if note else "", "bold yellow")),
             )
         console.print(table)
 
@@ -74,7 +74,7 @@ def retrieval_table(summary: Mapping[str, Mapping[str, Mapping[str, float]]], ti
     return table
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """Text without what a terminal would obey: escape sequences, carriage returns, changes of direction."""
     return "".join(
         letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text
@@ -82,7 +82,7 @@ def _shown(text: str) -> str:
 
 
 def _one_line(text: str) -> str:
-    return _shown(" ".join(text.split()))
+    return shown(" ".join(text.split()))
 
 
 def describe_columns(dataset: Dataset, names: Iterable[str]) -> str:
