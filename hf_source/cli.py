@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from .cli_errors import friendly_errors
+from .cli_evaluate import evaluate
 from .cli_record import record_app
 from .errors import ConfigError
 
@@ -36,6 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(record_app, name="record")
+app.command()(evaluate)
 
 
 class Method(StrEnum):
@@ -222,8 +224,8 @@ def attribute(
         from .outputs.tables import describe_columns
 
         typer.echo(f"Wrote {out}: {describe_columns(scored, asked.names)}.")
-        if attributor.note:
-            typer.echo(attributor.note)
+        if scored.info.description:
+            typer.echo(scored.info.description)
 
 
 @app.command()

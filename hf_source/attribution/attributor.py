@@ -15,6 +15,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from ..data import CausalLMCollator
 from ..errors import ConfigError, DataError, UnsupportedError
 from ..gradients import CausalLMTask, RowGradients, RowLossTask, Seq2SeqTask, Task, is_known, task_for
 from ..outputs.columns import add_score_columns, check_names, top_table, with_note
+from ..outputs.trust import trust_note
 from ..recording import StageRecord, TrainingRecord
 from ..recording.quantized import keep_differentiable
 from ..recording.reading.assumed import visits_note
@@ -108,6 +110,21 @@ class SourceAttributor:
             logger.warning(self.note)
         self.method = method
         self.options = METHODS[method].make_options(method, options, METHODS)
+        self._given = {
+            "curvature": curvature,
+            "num_samples": num_samples,
+            "tail": tail,
+            "momentum": momentum,
+            "model": model,
+            "task": task,
+            "data_collator": data_collator,
+            "max_tokens_per_batch": max_tokens_per_batch,
+            "memory_budget": memory_budget,
+            "dtype": dtype,
+            "seed": seed,
+            "accelerator": accelerator,
+            "progress": progress,
+        }
         self.curvature_name = curvature
         own = {"damping": self.options.damping} if hasattr(self.options, "damping") else {}
         self.curvature = make_curvature(curvature, tail=tail, memory_budget=memory_budget, **own)
@@ -141,6 +158,51 @@ class SourceAttributor:
             RecordError: if the record is missing, torn or incomplete.
         """
         return cls(TrainingRecord.load(path), **settings)
+
+    def like(self, **changes: Any) -> "SourceAttributor":
+        """Another attributor of the same record and datasets, with some settings changed.
+
+        Settings of the method itself stay only if the method does.
+
+        Raises:
+            ConfigError: as the class.
+        """
+        same = changes.get("method", self.method) == self.method
+        own = {field.name: getattr(self.options, field.name) for field in fields(self.options)} if same else {}
+        given = {"method": self.method, "datasets": self._datasets, **self._given, **own}
+        return type(self)(self.record, **{**given, **changes})
+
+    def settings(self) -> dict[str, Any]:
+        """What scores depend on besides the record and the draws of a seed, JSON-able.
+
+        What was measured of scores holds for others of equal settings.
+        """
+        own = {field.name: getattr(self.options, field.name) for field in fields(self.options)}
+        read = () if METHODS[self.method].reads_text else ("curvature", "num_samples", "tail", "momentum")
+        common = {key: self._given[key] for key in read}
+        named = {"task": self._task, "data_collator": self.data_collator}
+        objects = {key: str(type(value).__qualname__) for key, value in named.items() if value is not None}
+        return json.loads(json.dumps({"method": self.method, **common, **own, **objects}, default=str))
+
+    def trust(self, stages: Iterable[str] | None = None) -> str:
+        """How far to trust the scores: what `hf_source.evaluation.evaluate` measured on this run with these settings.
+
+        Args:
+            stages: names of the stages whose rows are scored; all by default.
+
+        Returns:
+            One sentence per evaluation; empty if there was none.
+        """
+        names = [stage.name for stage in self.record.stages] if stages is None else list(stages)
+        return trust_note(self.record, names, self.settings())
+
+    def _notes(self, stages: Iterable[str]) -> str:
+        return "\n".join(note for note in (self.note, self.trust(stages)) if note)
+
+    @property
+    def datasets(self) -> dict[str, Dataset]:
+        """Datasets that were given, by stage; of the others the record holds the rows."""
+        return dict(self._datasets)
 
     # ---- what is attributed to what ----------------------------------------------------------------------------
 
@@ -386,7 +448,7 @@ class SourceAttributor:
         Returns:
             The dataset with `source_row` (int64, the row's number in training) and one float32 column
             `source_<name>` per query, ready for `sort`, `filter` and `push_to_hub`. Its `info.description` says on
-            what assumption the scores rest, if any.
+            what assumption the scores rest, if any, and how far to trust them, if that was evaluated (`trust`).
 
         Raises:
             DataError: also if a column of that name exists.
@@ -398,7 +460,7 @@ class SourceAttributor:
         scores = self.scores(dataset, queries, stage)
         if return_scores:
             return scores
-        return with_note(add_score_columns(rows.given, scores, queries.names), self.note)
+        return with_note(add_score_columns(rows.given, scores, queries.names), self._notes([record.name]))
 
     def top(
         self, queries: Queries, k: int = 10, opposing: bool = True, stages: Iterable[str] | None = None
@@ -413,7 +475,7 @@ class SourceAttributor:
 
         Returns:
             Columns `query`, `stage`, `row`, `rank`, `score`, `text`. Its `info.description` says on what assumption
-            the scores rest, if any.
+            the scores rest, if any, and how far to trust them, if that was evaluated (`trust`).
         """
         wanted = [self.record.stage(name) for name in (stages or [stage.name for stage in self.record.stages])]
         parts = []
@@ -423,7 +485,7 @@ class SourceAttributor:
             text = partial(rows.text, processing_class=self.processing_class)
             # Rows that the Trainer filtered out have a number, but no score.
             parts.append((stage.name, scores[:, rows.trained_rows], rows.trained_rows, text))
-        return with_note(top_table(parts, queries.names, k, opposing), self.note)
+        return with_note(top_table(parts, queries.names, k, opposing), self._notes([stage.name for stage in wanted]))
 
     def plan(self, dataset: Dataset | None, queries: Queries, stage: str | None = None) -> Plan:
         """What an attribution will cost, from a short calibration; nothing else is run."""

@@ -14,8 +14,10 @@
 """Evidence: does a score say what retraining would show?"""
 
 from .cache import RetrainingCache
+from .evaluate import evaluate
 from .lds import LDS, linear_datamodelling_score, removal_masks
 from .protocol import Retraining
+from .protocols import PROTOCOLS, LDSProtocol
 from .report import Entry, Report
 from .retraining import losses_of, retrain, retrain_in_chunks
 from .retrieval import Retrieval, retrieval
@@ -24,12 +26,15 @@ from .stacked import StackedRetraining
 
 __all__ = [
     "LDS",
+    "PROTOCOLS",
+    "LDSProtocol",
     "Entry",
     "Report",
     "Retraining",
     "RetrainingCache",
     "Retrieval",
     "StackedRetraining",
+    "evaluate",
     "linear_datamodelling_score",
     "losses_of",
     "removal_masks",

@@ -85,6 +85,11 @@ class RetrainingCache:
         finally:
             temporary.unlink(missing_ok=True)
 
+    def missing(self, settings: Mapping[str, Any], keep: np.ndarray, seed: int | None) -> np.ndarray:
+        """Positions of the masks whose losses are not there, int64."""
+        there = [self.get(self.key(settings, mask, seed)) is not None for mask in keep]
+        return np.flatnonzero(~np.asarray(there, dtype=bool))
+
     def fill(
         self, settings: Mapping[str, Any], keep: np.ndarray, seed: int | None, num_queries: int, compute: Compute
     ) -> np.ndarray:

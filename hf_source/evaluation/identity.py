@@ -11,32 +11,16 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Digests that say whether two evaluations are of the same training and the same questions."""
+"""What says whether two evaluations are of the same training and the same questions."""
 
-import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..attribution.queries import Queries
-from ..recording import StageRecord, TrainingRecord
+from ..recording.digest import digest, record_digest
 
 
-def digest(content: Any) -> str:
-    """SHA-256 of JSON-able content, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=_plain).encode()).hexdigest()
-
-
-def record_digest(record: TrainingRecord, first: StageRecord | None = None) -> str:
-    """Digest of what stages were: their settings, and the content of every file; not when or where they ran.
-
-    Args:
-        record: the record.
-        first: leave out the stages before this one.
-    """
-    stages = record.stages[first.index if first is not None else 0 :]
-    return digest([{key: value for key, value in stage.data.items() if key != "run_id"} for stage in stages])
+__all__ = ["describe", "digest", "queries_digest", "record_digest"]
 
 
 def queries_digest(queries: Queries) -> str:
@@ -61,9 +45,3 @@ def describe(thing: Any) -> Any:
         if named is not thing and isinstance(value, (bool, int, float, str))
     }
     return {"name": name, **plain} if plain else name
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return dataclasses.asdict(value)
-    return value.tolist() if hasattr(value, "tolist") else str(value)

@@ -18,10 +18,13 @@ Remove random subsets of rows, retrain, and correlate over subsets, for each que
 al. 2022, arXiv 2202.00622; Park et al. 2023, arXiv 2303.14186).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
+
+from ..errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class LDS:
 
     Attributes:
         mean: average over queries, between -1 and 1.
-        low, high: 95 % bootstrap confidence interval, queries and subsets drawn anew together.
+        low, high: 95 % bootstrap confidence interval.
         per_query: float64 `[queries]`.
     """
 
@@ -54,33 +57,60 @@ def removal_masks(num_rows: int, num_subsets: int, fraction: float, seed: int = 
 
 
 def linear_datamodelling_score(
-    scores: np.ndarray, removed: np.ndarray, losses: np.ndarray, num_bootstrap: int = 1000, seed: int = 0
+    scores: np.ndarray,
+    removed: np.ndarray,
+    losses: np.ndarray,
+    num_bootstrap: int = 1000,
+    seed: int = 0,
+    over: Sequence[str] = ("queries", "subsets"),
 ) -> LDS:
     """Correlate predicted with real changes of the queries' losses.
 
     Args:
         scores: `[queries, rows]`, larger = more supportive.
         removed: bool `[subsets, rows]`.
-        losses: `[subsets, queries]` after retraining without each subset.
+        losses: `[subsets, queries]` after retraining without each subset, or `[seeds, subsets, queries]`: then their
+            mean over seeds is correlated, which is the expected loss over the noise of training.
         num_bootstrap: draws for the interval.
         seed: of the draws.
+        over: what is drawn anew: `"queries"` (would other questions give the same figure?), `"subsets"` (would other
+            subsets?), or both.
+
+    Raises:
+        ConfigError: if `over` names something else.
+        DataError: if the shapes do not fit, or a loss is not finite.
     """
+    if not over or set(over) - {"queries", "subsets"}:
+        raise ConfigError(f"over={tuple(over)}: draw anew 'queries', 'subsets' or both.")
+    losses = np.asarray(losses, dtype=np.float64)
+    losses = losses.mean(axis=0) if losses.ndim == 3 else losses
+    if np.shape(scores) != (losses.shape[1], removed.shape[1]) or len(removed) != len(losses):
+        raise DataError(
+            f"Scores {np.shape(scores)} [queries, rows], removed {removed.shape} [subsets, rows] and losses "
+            f"{losses.shape} [subsets, queries] do not fit together."
+        )
+    if not np.isfinite(losses).all():
+        raise DataError("A loss after retraining is not finite: training diverged. Look at the learning rate.")
     predicted = removed.astype(np.float64) @ np.asarray(scores, dtype=np.float64).T  # (subsets, queries)
     per_query = _spearman(predicted, losses)
     generator = np.random.default_rng(seed)
+    everything = {"subsets": np.arange(len(losses)), "queries": np.arange(losses.shape[1])}
     means = []
     for _ in range(num_bootstrap):
-        subsets = generator.integers(len(losses), size=len(losses))
-        queries = generator.integers(losses.shape[1], size=losses.shape[1])
-        means.append(_spearman(predicted[subsets][:, queries], losses[subsets][:, queries]).mean())
+        drawn = {
+            name: generator.integers(len(all_), size=len(all_)) if name in over else all_
+            for name, all_ in everything.items()
+        }
+        chosen = np.ix_(drawn["subsets"], drawn["queries"])
+        means.append(_spearman(predicted[chosen], losses[chosen]).mean())
     low, high = np.quantile(means, [0.025, 0.975]) if means else (np.nan, np.nan)
     return LDS(float(per_query.mean()), float(low), float(high), per_query)
 
 
 def _spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Rank correlation of matching columns; 0 where a column is constant."""
-    values = [
-        spearmanr(a, b).statistic if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
-        for a, b in zip(first.T, second.T, strict=True)
-    ]
-    return np.asarray(values)
+    ranks = [rankdata(values, axis=0) for values in (first, second)]
+    centred = [values - values.mean(axis=0) for values in ranks]
+    norms = [np.sqrt((values**2).sum(axis=0)) for values in centred]
+    product, scale = (centred[0] * centred[1]).sum(axis=0), norms[0] * norms[1]
+    return np.divide(product, scale, out=np.zeros_like(product), where=scale > 0)

@@ -136,6 +136,15 @@ class StackedRetraining:
         keep = checked_keep(keep, self.num_rows)
         return self.cache.fill(self.settings(), keep, seed, self.num_queries, self._train)
 
+    @property
+    def at_once(self) -> int:
+        """How many are trained together."""
+        return self.chunk
+
+    def missing(self, keep: np.ndarray, seed: int | None = None) -> np.ndarray:
+        """Positions of the masks that have not been trained yet, int64."""
+        return self.cache.missing(self.settings(), checked_keep(keep, self.num_rows), seed)
+
     def _train(self, keep: np.ndarray, seed: int | None) -> Iterator[tuple[list[int], np.ndarray]]:
         starts = range(0, len(keep), self.chunk)
         bar = tqdm(total=len(keep), desc=f"retraining {self.stage.name!r}", disable=not self.progress, leave=False)

@@ -1,0 +1,121 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`hf-source evaluate`: train a recorded run again without some of its rows, and say what the scores are worth."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .cli_errors import friendly_errors
+from .errors import ConfigError
+
+
+def evaluate(
+    record: Annotated[str, typer.Argument(help="Folder of the training record, or its id on the Hub.")],
+    queries: Annotated[
+        Path | None,
+        typer.Option("--queries", "-q", help="JSON Lines (or csv, parquet) with prompt, completion, optional name."),
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
+    completion: Annotated[
+        list[str] | None,
+        typer.Option("--completion", "-c", help="What was said after each --prompt; else the model generates."),
+    ] = None,
+    protocol: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="removal (same order, few rows left out) or halves (random halves, several orders); repeatable.",
+            show_default="removal",
+        ),
+    ] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--methods",
+            "-m",
+            help="Methods to compare, repeatable or with commas; settings after a colon: source:num_samples=512.",
+            show_default="source",
+        ),
+    ] = None,
+    stage: Annotated[str | None, typer.Option(help="Stage whose rows are left out (needed if several).")] = None,
+    num_subsets: Annotated[int | None, typer.Option(help="Subsets left out.", show_default="64; halves: 100")] = None,
+    fraction: Annotated[float | None, typer.Option(help="Share of rows left out.", show_default="0.02; 0.5")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Orders averaged over.", show_default="the run's; 5")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the subsets.", show_default="0")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Make the first ones, tell the time of all, and end.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for report.json, report.md and report.html.")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of finished retrainings.", show_default="the record's")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest generated completion.")] = 32,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", help="A setting of SourceAttributor as key=value, for every method; repeatable."),
+    ] = None,
+) -> None:
+    """Measure on your own run how well scores foretell what training without rows does (LDS).
+
+    Finished retrainings are kept: a killed command goes on where it was, and another method costs its scores only. The
+    figures are kept beside the record too, and `attribute` and `top` say them with every score.
+    """
+    with friendly_errors():
+        from rich.console import Console
+
+        from .cli import _attributor, _queries
+        from .evaluation import evaluate as run
+        from .evaluation.planning import plan_evaluation
+
+        chosen = labelled(methods or ["source"])
+        attributor = _attributor(record, None, settings, {})
+        asked = _queries(attributor, queries, prompt, completion, max_new_tokens)
+        options = {
+            "protocols": protocol or ["removal"],
+            "stage": stage,
+            "num_subsets": num_subsets,
+            "fraction": fraction,
+            "num_seeds": seeds,
+            "seed": seed,
+            "cache": cache,
+        }
+        if plan:
+            typer.echo(str(plan_evaluation(attributor, asked, **options)))
+            return
+        report = run(attributor, asked, methods=chosen, **options)
+        Console().print(report.table())
+        if out is not None:
+            typer.echo(f"Wrote {report.write(out)}: report.json, report.md, report.html.")
+
+
+def labelled(given: list[str]) -> dict[str, dict[str, Any]]:
+    """`source:num_samples=512` as label -> settings.
+
+    Raises:
+        ConfigError: if something is empty, given twice, or not of the form key=value.
+    """
+    from .recipes import apply_override
+
+    found: dict[str, dict[str, Any]] = {}
+    for label in (part.strip() for text in given for part in text.split(",")):
+        method, *overrides = label.split(":")
+        if not method:
+            raise ConfigError("--methods has an empty name: write them as source,influence,bm25.")
+        if label in found:
+            raise ConfigError(f"--methods names {label!r} twice.")
+        found[label] = {"method": method}
+        for override in overrides:
+            apply_override(found[label], override)
+    return found
