@@ -130,7 +130,16 @@ def _stage_plan(attributor: "SourceAttributor", stage: StageRecord, passes: int,
     sample_tokens = sum(
         int(rows.lengths[numbers].mean() * attributor.num_samples * passes) for numbers in visited if len(numbers)
     )
+    if _iterates(attributor):  # about three passes a query in every iteration
+        options = attributor.options
+        passes = 3 * num_queries * options.iterations
+        share = min(1.0, options.product_rows / len(rows.trained)) if options.product_rows else 1.0
+        sample_tokens = int(passes * score_tokens * share)
     return StagePlan(stage.name, stage.num_rows, len(visited), passes, sample_tokens, score_tokens)
+
+
+def _iterates(attributor: "SourceAttributor") -> bool:
+    return getattr(attributor.options, "solver", None) == "cg"
 
 
 def _unrolling_plan(
@@ -150,7 +159,11 @@ def _memory(attributor: "SourceAttributor", sizes: list[int], element: int, num_
         steps = max(stage.num_steps for stage in attributor.record.stages)
         memory["query vectors"] *= 2  # moments of the adjoint beside it, and the products
         memory["states of the run"] = 3 * 2 * math.isqrt(steps) * total  # weights and two moments
-    elif isinstance(attributor.curvature, JointCurvature):
+        return memory
+    if _iterates(attributor):
+        memory["query vectors"] *= 2  # residual, direction and their products
+        memory["products"] = attributor.memory_budget
+    if isinstance(attributor.curvature, JointCurvature):
         largest = attributor.num_samples * max(sizes) * element  # one parameter's columns are never split
         columns = min(attributor.num_samples * total, max(attributor.memory_budget, largest))
         memory["sample columns"] = 2 * columns

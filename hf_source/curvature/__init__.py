@@ -15,11 +15,12 @@
 
 from ..errors import ConfigError
 from .block import Block, fit_block
+from .conjugate import GaussNewtonProducts, conjugate_gradient
 from .diagonal import DiagonalCurvature
 from .ekfac import EKFACCurvature
 from .flow import Flow
 from .hybrid import EKFACHybridCurvature
-from .inverse import ekfac_inverse, joint_inverse
+from .inverse import EKFACInverse, JointInverse, ekfac_inverse, joint_inverse
 from .joint import JointCurvature, SampleSpace
 from .preconditioner import Diagonal, OneSided, Preconditioner, as_preconditioners
 from .sample import FisherSample, systematic_sample
@@ -57,15 +58,19 @@ __all__ = [
     "DiagonalCurvature",
     "EKFACCurvature",
     "EKFACHybridCurvature",
+    "EKFACInverse",
     "ExactCurvature",
     "FisherSample",
     "Flow",
+    "GaussNewtonProducts",
     "IdentityCurvature",
     "JointCurvature",
+    "JointInverse",
     "OneSided",
     "Preconditioner",
     "SampleSpace",
     "as_preconditioners",
+    "conjugate_gradient",
     "ekfac_inverse",
     "fit_block",
     "gauss_newton",

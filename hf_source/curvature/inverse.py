@@ -17,6 +17,8 @@ The damping is a share of the mean eigenvalue, as in Grosse et al. 2023 (arXiv 2
 for `ekfac`, of the sample space for `joint`.
 """
 
+from collections.abc import Iterable
+
 import torch
 
 from ..gradients.rows import as_rows
@@ -24,53 +26,103 @@ from .ekfac import EKFACCurvature
 from .flow import Flow
 from .joint import groups_within
 from .preconditioner import Diagonal
-from .sample import FisherSample
+from .sample import FisherSample, combine
 
 
 Vectors = dict[str, torch.Tensor]
 
 
-def ekfac_inverse(vectors: Vectors, sample: FisherSample, damping: float = 0.1, basis: str = "kfac") -> Vectors:
-    """`(H + lambda)^{-1} q` with eigenvalue-corrected Kronecker blocks, `lambda` from each block's mean eigenvalue.
+class EKFACInverse:
+    """`(H + lambda)^{-1}` with eigenvalue-corrected Kronecker blocks, `lambda` from each block's mean eigenvalue.
 
     Args:
-        vectors: `q`, name -> `[queries, *parameter.shape]`.
+        names: parameters.
         sample: `S` at the weights in question.
         damping: share of the mean eigenvalue.
         basis: see `EKFACCurvature`.
+
+    Attributes:
+        strengths: `lambda` by name; 0 for a block that no row has a gradient in, whose inverse is taken as 0.
     """
-    like = next(iter(vectors.values()))
-    one, zero = Diagonal(like.new_ones(())), like.new_zeros(())
-    flow = Flow(1.0, dict.fromkeys(vectors, one), dict.fromkeys(vectors, zero))
-    blocks = EKFACCurvature(basis).fit(list(vectors), flow, sample)
 
-    def inverted(eigenvalues: torch.Tensor) -> torch.Tensor:
-        return 1 / (eigenvalues + damping * eigenvalues.mean()).clamp_min(torch.finfo(eigenvalues.dtype).tiny)
+    def __init__(self, names: Iterable[str], sample: FisherSample, damping: float = 0.1, basis: str = "kfac") -> None:
+        names = list(names)
+        like = sample.gradients.parameters[names[0]]
+        one, zero = Diagonal(like.new_ones(())), like.new_zeros(())
+        flow = Flow(1.0, dict.fromkeys(names, one), dict.fromkeys(names, zero))
+        self.blocks = EKFACCurvature(basis).fit(names, flow, sample)
+        self.strengths = {name: damping * float(block.eigenvalues.mean()) for name, block in self.blocks.items()}
 
-    # A block that no row has a gradient in cannot change anything: its scores are 0 whatever its inverse is.
-    return {
-        name: block.apply(vectors[name], inverted) if block.eigenvalues.any() else torch.zeros_like(vectors[name])
-        for name, block in blocks.items()
-    }
+    def __call__(self, vectors: Vectors) -> Vectors:
+        """The inverse times each of `[vectors, *parameter.shape]`."""
+        return {name: self._solve(name, vector) for name, vector in vectors.items()}
+
+    def _solve(self, name: str, vector: torch.Tensor) -> torch.Tensor:
+        # A block that no row has a gradient in cannot change anything: its scores are 0 whatever its inverse is.
+        if not self.blocks[name].eigenvalues.any():
+            return torch.zeros_like(vector)
+
+        def inverted(eigenvalues: torch.Tensor) -> torch.Tensor:
+            return 1 / (eigenvalues + self.strengths[name]).clamp_min(torch.finfo(eigenvalues.dtype).tiny)
+
+        return self.blocks[name].apply(vector, inverted)
+
+
+class JointInverse:
+    """`(S^T S + lambda)^{-1} = (1 - S^T (K + lambda)^{-1} S) / lambda`, `K = S S^T`, over all parameters at once.
+
+    Args:
+        names: parameters.
+        sample: `S [n, p]` at the weights in question.
+        damping: `lambda` is this share of the mean eigenvalue of `K`.
+        memory_budget: bytes that the columns of `S` held at once may take; if all fit, they are kept.
+
+    Attributes:
+        strengths: `lambda` by name.
+    """
+
+    def __init__(
+        self, names: Iterable[str], sample: FisherSample, damping: float = 0.1, memory_budget: int = 2**30
+    ) -> None:
+        self.sample = sample
+        self.groups = groups_within(memory_budget, dict.fromkeys(names), sample)
+        self.kept: Vectors | None = None
+        gram = 0.0
+        for group in self.groups:
+            matrices = sample.matrices(group)
+            for columns in map(as_rows, matrices.values()):
+                gram = gram + (columns @ columns.T).double()
+            if len(self.groups) == 1:
+                self.kept = matrices
+        self.strength = damping * float(gram.diagonal().mean())
+        self.strengths = {name: self.strength for group in self.groups for name in group}
+        eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        self.system = torch.linalg.lu_factor(gram + self.strength * eye)
+
+    def __call__(self, vectors: Vectors) -> Vectors:
+        """The inverse times each of `[vectors, *parameter.shape]`."""
+        if self.strength == 0:  # no row has a gradient
+            return {name: torch.zeros_like(vector) for name, vector in vectors.items()}
+        projection = 0.0
+        for group in self.groups:
+            columns = self.sample.matrices(group) if self.kept is None else self.kept
+            for name in group:
+                projection = (
+                    projection + (as_rows(columns[name]) @ as_rows(vectors[name]).T.to(columns[name])).double()
+                )
+        coefficients = -torch.linalg.lu_solve(*self.system, projection) / self.strength
+        if self.kept is None:
+            moved = self.sample.combine(dict.fromkeys(vectors, coefficients))
+        else:
+            moved = {name: combine(columns, coefficients) for name, columns in self.kept.items()}
+        return {name: q / self.strength + moved[name] for name, q in vectors.items()}
+
+
+def ekfac_inverse(vectors: Vectors, sample: FisherSample, damping: float = 0.1, basis: str = "kfac") -> Vectors:
+    """`EKFACInverse` of vectors, name -> `[queries, *parameter.shape]`."""
+    return EKFACInverse(vectors, sample, damping, basis)(vectors)
 
 
 def joint_inverse(vectors: Vectors, sample: FisherSample, damping: float = 0.1, memory_budget: int = 2**30) -> Vectors:
-    """`(S^T S + lambda)^{-1} q = (q - S^T (K + lambda)^{-1} S q) / lambda`, `K = S S^T`, over all parameters at once.
-
-    Args:
-        vectors: `q`, name -> `[queries, *parameter.shape]`.
-        sample: `S [n, p]` at the weights in question.
-        damping: `lambda` is this share of the mean eigenvalue of `K`.
-        memory_budget: bytes that the columns of `S` held at once may take.
-    """
-    gram = projection = 0.0
-    for names in groups_within(memory_budget, vectors, sample):
-        for name, columns in sample.matrices(names).items():
-            columns = as_rows(columns)
-            gram = gram + (columns @ columns.T).double()
-            projection = projection + (columns @ as_rows(vectors[name]).T.to(columns)).double()
-    strength = damping * float(gram.diagonal().mean())
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    coefficients = -torch.linalg.solve(gram + strength * eye, projection) / strength
-    moved = sample.combine(dict.fromkeys(vectors, coefficients))
-    return {name: q / strength + moved[name] for name, q in vectors.items()}
+    """`JointInverse` of vectors, name -> `[queries, *parameter.shape]`."""
+    return JointInverse(vectors, sample, damping, memory_budget)(vectors)

@@ -15,7 +15,7 @@
 
 from .base import Method
 from .final import grad_cos, grad_dot
-from .influence import influence
+from .influence import InfluenceOptions, influence
 from .source import SourceOptions, StepwiseOptions, source, stepwise, unrolled
 from .text import EmbeddingOptions, bm25, embedding
 from .tracin import tracin
@@ -25,7 +25,7 @@ METHODS: dict[str, Method] = {
     "source": Method(source, SourceOptions, nats=True),
     "stepwise": Method(stepwise, StepwiseOptions, nats=True),
     "unrolled": Method(unrolled, nats=True),
-    "influence": Method(influence, nats=True),
+    "influence": Method(influence, InfluenceOptions, nats=True),
     "tracin": Method(tracin),
     "grad-dot": Method(grad_dot),
     "grad-cos": Method(grad_cos),
