@@ -31,13 +31,13 @@ from tqdm.auto import tqdm
 from ..curvature import make_curvature
 from ..data import CausalLMCollator
 from ..errors import ConfigError, DataError, UnsupportedError
-from ..gradients import CausalLMTask, RowGradients, RowLossTask, Seq2SeqTask, Task, is_known, task_for
+from ..gradients import CausalLMTask, RowGradients, RowLossTask, Seq2SeqTask, Task, is_known, labels_of, task_for
 from ..outputs.columns import add_score_columns, check_names, top_table, with_note
 from ..outputs.trust import trust_note
 from ..recording import StageRecord, TrainingRecord
 from ..recording.quantized import keep_differentiable
 from ..recording.reading.assumed import visits_note
-from ..source import WalkSettings
+from ..source import WalkSettings, self_influence
 from .methods import METHODS
 from .plan import Plan, make_plan
 from .queries import Queries
@@ -373,6 +373,21 @@ class SourceAttributor:
                 result[name][torch.as_tensor(chosen[rows].copy(), device=self.device)] = grads.to(self.dtype)
         return result
 
+    @torch.no_grad()
+    def query_losses(self, model: nn.Module, queries: Queries) -> np.ndarray:
+        """`f_q` of each query under a model: float64 `[queries]`, nats."""
+        encoded, task = self.encode(queries), self.measurement(queries)
+        collator, columns = self._query_collator(task, queries)
+        measure = getattr(task, "length", len)
+        lengths = np.asarray([measure(row) for row in encoded.rows])
+        order, found = np.argsort(lengths, kind="stable")[::-1], np.zeros(len(queries))
+        step = max(1, self.max_tokens_per_batch // int(lengths.max()))
+        for start in range(0, len(order), step):
+            chosen = order[start : start + step]
+            batch = collate(collator, [encoded.rows[i] for i in chosen], self.device, columns)
+            found[chosen] = task.row_losses(task.forward(model, batch), labels_of(batch)).double().cpu().numpy()
+        return found
+
     def _query_collator(self, task: Task, queries: Queries) -> tuple[Any, Sequence[str] | None]:
         if queries.are_rows:
             rows = self.rows(self.record.stages[-1])
@@ -414,6 +429,50 @@ class SourceAttributor:
         rows = self.rows(record) if dataset is None else self.set_dataset(record.name, dataset)
         queries = self.encode(queries)
         return rows.as_given(self._stage_scores(record, queries))
+
+    def self_influence(self, dataset: Dataset | None = None, stage: str | None = None) -> np.ndarray:
+        """Influence of every row on its own loss, at the cost of a few passes (see `source/self_influence.py`).
+
+        Rows that no other row supports come first: mislabelled, rare and memorised ones.
+
+        Args:
+            dataset, stage: see `scores`.
+
+        Returns:
+            float32 `[rows]`, nats, in the order of the dataset; 0 for rows that never trained.
+
+        Raises:
+            UnsupportedError: for a method other than `source`.
+            DataError: if the dataset is not the recorded one.
+        """
+        if self.method != "source":
+            raise UnsupportedError(
+                f"method={self.method!r} has no self-influence of its own: use method='source', or score a few rows "
+                "as queries with `Queries.from_rows`."
+            )
+        self.record.require_complete()
+        record = self.record.stage(stage)
+        rows = self.rows(record) if dataset is None else self.set_dataset(record.name, dataset)
+        gradients = RowGradients(self.build_model(record), rows.task, record.trainable)
+        rows.prepare(gradients)
+        gradients.check(rows.collated(rows.shortest(2), self.device))
+        found = self_influence(record, rows, gradients, self.walk_settings())
+        if self.accelerator.num_processes > 1:
+            found = self.accelerator.reduce(torch.as_tensor(found, device=self.device)).cpu().numpy()
+        return rows.as_given(found[None].astype(np.float32))[0]
+
+    def row_losses(self, stage: str | None = None) -> np.ndarray:
+        """Loss of every row of a stage at the stage's final weights: float64 `[rows]` by row number, nats."""
+        record = self.record.stage(stage)
+        rows, model, found = self.rows(record), self.build_model(record), np.zeros(record.num_rows)
+        gradients = RowGradients(model, rows.task, ())
+        if isinstance(rows.task, RowLossTask):
+            rows.task.prepare(model, rows)
+        record.load_weights(model, "final")
+        for pieces in self.progress(rows.batches(rows.trained), f"losses of {record.name}"):
+            losses = gradients.run(rows.collated(pieces, self.device)).losses
+            np.add.at(found, rows.row[pieces], losses.double().cpu().numpy())
+        return found
 
     def _stage_scores(self, stage: StageRecord, queries: Queries) -> np.ndarray:
         """Scores by row number. The walk stops where it is and goes on when an earlier stage is asked for."""

@@ -13,32 +13,52 @@
 # limitations under the License.
 """Evidence: does a score say what retraining would show?"""
 
+from .agreement import Agreement, agreement
 from .cache import RetrainingCache
+from .estimate import Estimate, bootstrap, mean_estimate
 from .evaluate import evaluate
 from .lds import LDS, linear_datamodelling_score, removal_masks
+from .leave_one_out import LeaveOneOut, leave_one_out
+from .mislabelled import Mislabelled, corrupt_labels, find_mislabelled
 from .protocol import Retraining
 from .protocols import PROTOCOLS, LDSProtocol
+from .removal import Removal, subset_removal
 from .report import Entry, Report
 from .retraining import losses_of, retrain, retrain_in_chunks
 from .retrieval import Retrieval, retrieval
 from .stacked import StackedRetraining
+from .tail_patch import TailPatch, tail_patch
 
 
 __all__ = [
     "LDS",
     "PROTOCOLS",
-    "LDSProtocol",
+    "Agreement",
     "Entry",
+    "Estimate",
+    "LDSProtocol",
+    "LeaveOneOut",
+    "Mislabelled",
+    "Removal",
     "Report",
     "Retraining",
     "RetrainingCache",
     "Retrieval",
     "StackedRetraining",
+    "TailPatch",
+    "agreement",
+    "bootstrap",
+    "corrupt_labels",
     "evaluate",
+    "find_mislabelled",
+    "leave_one_out",
     "linear_datamodelling_score",
     "losses_of",
+    "mean_estimate",
     "removal_masks",
     "retrain",
     "retrain_in_chunks",
     "retrieval",
+    "subset_removal",
+    "tail_patch",
 ]

@@ -14,9 +14,11 @@
 """Fact retrieval: does the row that states a fact come out on top when the model repeats it?"""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+
+from .estimate import Estimate, mean_estimate
 
 
 @dataclass(frozen=True)
@@ -27,16 +29,24 @@ class Retrieval:
         recall_at_1, recall_at_5: share of queries whose right row is among the first 1 or 5.
         mrr: mean reciprocal rank.
         num_queries: queries with a right row.
+        ranks: int64 `[num_queries]`, place of the right row, 1 for the first.
     """
 
     recall_at_1: float
     recall_at_5: float
     mrr: float
     num_queries: int
+    ranks: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64), repr=False, compare=False)
 
     def to_dict(self) -> dict[str, float | int]:
         """JSON-able, with the keys `recall@1`, `recall@5`, `mrr`, `num_queries`."""
-        return {key.replace("_at_", "@"): value for key, value in asdict(self).items()}
+        figures = {"recall@1": self.recall_at_1, "recall@5": self.recall_at_5, "mrr": self.mrr}
+        return {**figures, "num_queries": self.num_queries}
+
+    def estimates(self) -> dict[str, Estimate]:
+        """The figures with their 95 % intervals over queries, by the keys of `to_dict`."""
+        per_query = {"recall@1": self.ranks <= 1, "recall@5": self.ranks <= 5, "mrr": 1 / self.ranks}
+        return {name: mean_estimate(values) for name, values in per_query.items()}
 
 
 def retrieval(scores: np.ndarray, right_rows: Sequence[int | None]) -> Retrieval:
@@ -55,4 +65,5 @@ def retrieval(scores: np.ndarray, right_rows: Sequence[int | None]) -> Retrieval
     if not asked:
         raise ValueError("No query has a right row, so there is nothing to retrieve.")
     ranks = np.asarray([int((scores[query] >= scores[query, row]).sum()) for query, row in asked])
-    return Retrieval(float((ranks <= 1).mean()), float((ranks <= 5).mean()), float((1 / ranks).mean()), len(ranks))
+    found = float((ranks <= 1).mean()), float((ranks <= 5).mean()), float((1 / ranks).mean())
+    return Retrieval(*found, len(ranks), ranks)

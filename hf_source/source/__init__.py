@@ -14,6 +14,7 @@
 """The Source walk through segments and stages."""
 
 from .products import ExactProducts, SampledProducts
+from .self_influence import self_influence
 from .unrolled import unroll
 from .walk import WalkSettings, draw_sample, score_rows, segment_flow, walk, wanted_parameters
 
@@ -25,6 +26,7 @@ __all__ = [
     "draw_sample",
     "score_rows",
     "segment_flow",
+    "self_influence",
     "unroll",
     "walk",
     "wanted_parameters",
