@@ -50,6 +50,10 @@ class Method(StrEnum):
     tracin = "tracin"
     grad_dot = "grad-dot"
     grad_cos = "grad-cos"
+    trak = "trak"
+    trackstar = "trackstar"
+    logra = "logra"
+    datainf = "datainf"
     bm25 = "bm25"
     embedding = "embedding"
 

@@ -153,6 +153,20 @@ def test_plan_takes_settings_from_recipe_options_and_set(record, tmp_path):
     assert "grad-cos" in run("plan", record, *ASKED, "--recipe", recipe, "--method", "source", *over)
 
 
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("trak", ["projection_dim=64", "projection=normal", "output=loss", "checkpoints=segments", "damping=0.1"]),
+        ("trackstar", ["projection_dim=16", "mix=0.5", "second_moment=false", "damping=0"]),
+        ("logra", ["rank=8", "init=pca", "damping=0.2", "relatif=true"]),
+        ("datainf", ["damping=0.2", "full_parameters=true"]),
+    ],
+)
+def test_plan_takes_the_settings_of_projected_methods(record, method, settings):
+    over = [part for setting in settings for part in ("--set", setting)]
+    assert f"{method}: 1 queries" in run("plan", record, *ASKED, "--method", method, *over)
+
+
 # ---- attribute -----------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@
 """`SourceAttributor`: from a training record and a text to scores of every training row."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -352,6 +352,19 @@ class SourceAttributor:
 
     def query_gradients(self, gradients: RowGradients, queries: Queries) -> dict[str, torch.Tensor]:
         """`grad f_q` at the model's present weights: name -> `[queries, *parameter.shape]`."""
+        result = {
+            name: torch.empty((len(queries), *parameter.shape), dtype=self.dtype, device=self.device)
+            for name, parameter in gradients.parameters.items()
+        }
+        for engine, chosen, batch in self.query_batches(gradients, queries):
+            for name, rows, grads in engine.blocks(engine.run(batch)):
+                result[name][torch.as_tensor(chosen[rows].copy(), device=self.device)] = grads.to(self.dtype)
+        return result
+
+    def query_batches(
+        self, gradients: RowGradients, queries: Queries
+    ) -> Iterator[tuple[RowGradients, np.ndarray, dict[str, torch.Tensor]]]:
+        """The queries in batches, each with the engine of what they measure and their positions."""
         encoded, task = self.encode(queries), self.measurement(queries)
         collator, columns = self._query_collator(task, queries)
         collated = lambda chosen: collate(collator, [encoded.rows[i] for i in chosen], self.device, columns)  # noqa: E731
@@ -359,19 +372,13 @@ class SourceAttributor:
             self._refuse_without_text(gradients.model)
             gradients = RowGradients(gradients.model, task, list(gradients.parameters))
             gradients.check(collated(range(min(2, len(queries)))))
-        result = {
-            name: torch.empty((len(queries), *parameter.shape), dtype=self.dtype, device=self.device)
-            for name, parameter in gradients.parameters.items()
-        }
         measure = getattr(task, "length", len)
         lengths = np.asarray([measure(row) for row in encoded.rows])
         order = np.argsort(lengths, kind="stable")[::-1]
         step = max(1, self.max_tokens_per_batch // int(lengths.max()))
         for start in range(0, len(order), step):
             chosen = order[start : start + step]
-            for name, rows, grads in gradients.blocks(gradients.run(collated(chosen))):
-                result[name][torch.as_tensor(chosen[rows].copy(), device=self.device)] = grads.to(self.dtype)
-        return result
+            yield gradients, chosen, collated(chosen)
 
     @torch.no_grad()
     def query_losses(self, model: nn.Module, queries: Queries) -> np.ndarray:
@@ -571,6 +578,10 @@ class SourceAttributor:
     def share(self, batches: Sequence) -> Sequence:
         """This process's share of a list of batches."""
         return batches[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum of a tensor over the processes; every one gets it."""
+        return self.accelerator.reduce(tensor) if self.accelerator.num_processes > 1 else tensor
 
     def progress(self, items: Sequence, description: str) -> Iterable:
         """A progress bar on the main process."""

@@ -15,6 +15,7 @@
 
 import math
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ from ..curvature import JointCurvature
 from ..gradients import RowGradients
 from ..recording import StageRecord
 from ..source import score_rows, wanted_parameters
+from .methods.projected import ProjectedOptions
 from .queries import Queries
 
 
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 
 UNROLLING = ("stepwise", "unrolled")
+CURVED = ("source", "influence")
+"""Methods that draw a sample for `curvature=`."""
 
 
 @dataclass
@@ -75,7 +79,8 @@ class Plan:
         return sum(self.memory.values())
 
     def __str__(self) -> str:
-        lines = [f"{self.method} ({self.curvature}): {self.num_queries} queries, {self.num_parameters:,} parameters"]
+        how = f"{self.method} ({self.curvature})" if self.method in CURVED else self.method
+        lines = [f"{how}: {self.num_queries} queries, {self.num_parameters:,} parameters"]
         for stage in self.stages:
             lines.append(
                 f"  walk and score {stage.name!r}: {stage.num_rows:,} rows, {stage.num_segments} segments, "
@@ -125,7 +130,7 @@ def _stage_plan(attributor: "SourceAttributor", stage: StageRecord, passes: int,
         return _unrolling_plan(attributor, stage, rows, num_queries)
     visited = [np.flatnonzero(segment.num_visits()[rows.example]) for segment in stage.segments]
     if attributor.method != "source":
-        visited, passes = [rows.trained], 0
+        visited, passes = [rows.trained] * row_passes(attributor, stage), 0
     score_tokens = sum(int(rows.lengths[numbers].sum()) for numbers in visited)
     sample_tokens = sum(
         int(rows.lengths[numbers].mean() * attributor.num_samples * passes) for numbers in visited if len(numbers)
@@ -135,7 +140,15 @@ def _stage_plan(attributor: "SourceAttributor", stage: StageRecord, passes: int,
         passes = 3 * num_queries * options.iterations
         share = min(1.0, options.product_rows / len(rows.trained)) if options.product_rows else 1.0
         sample_tokens = int(passes * score_tokens * share)
-    return StagePlan(stage.name, stage.num_rows, len(visited), passes, sample_tokens, score_tokens)
+    segments = stage.segments if getattr(attributor.options, "checkpoints", "") == "segments" else [None]
+    number = len(visited) if attributor.method == "source" else len(segments)
+    return StagePlan(stage.name, stage.num_rows, number, passes, sample_tokens, score_tokens)
+
+
+def row_passes(attributor: "SourceAttributor", stage: StageRecord) -> int:
+    """Passes over all rows of a stage, of a method that does not walk."""
+    counted = getattr(attributor.options, "num_passes", None)
+    return 1 if counted is None else counted(stage)
 
 
 def _iterates(attributor: "SourceAttributor") -> bool:
@@ -152,8 +165,33 @@ def _unrolling_plan(
     return StagePlan(stage.name, stage.num_rows, stage.num_steps, products, products * tokens, 4 * tokens)
 
 
+def _projected_memory(attributor: "SourceAttributor", num_queries: int) -> dict[str, int]:
+    """Features of the largest stage, as float32 and once as float64, and matrices of the smaller of their sides."""
+    features = matrices = 0
+    for stage, size, parts in _feature_sizes(attributor):
+        rows = len(attributor.rows(stage).trained_rows)
+        features = max(features, (4 + 8 + 4) * (rows + num_queries) * size)
+        matrices = max(matrices, 3 * 8 * min(rows + num_queries, max(parts)) ** 2)
+    return {"projected gradients": features, "their second moments": matrices}
+
+
+def _feature_sizes(attributor: "SourceAttributor") -> Iterator[tuple[StageRecord, int, list[int]]]:
+    """Dimensions that each stage's gradients are projected to, in all and by block."""
+    model = attributor.build_model(attributor.record.stages[-1])
+    last = attributor.record.stages[-1]
+    names = {last.canonical_name(name): name for name, _ in model.named_parameters()}
+    for stage in attributor.record.stages:
+        own = [stage.canonical_name(name) for name in stage.trainable]
+        gradients = RowGradients(model, attributor.rows(stage).task, [names[name] for name in own if name in names])
+        projector = attributor.options.projector(attributor, stage, gradients)
+        parts = [part.stop - part.start for part in getattr(projector, "parts", {}).values()] or [projector.size]
+        yield stage, projector.size, parts
+
+
 def _memory(attributor: "SourceAttributor", sizes: list[int], element: int, num_queries: int) -> dict[str, int]:
     total = sum(sizes) * element
+    if isinstance(attributor.options, ProjectedOptions):
+        return {"model": total, **_projected_memory(attributor, num_queries)}
     memory = {"model": total, "query vectors": 3 * num_queries * total}
     if attributor.method in UNROLLING:
         steps = max(stage.num_steps for stage in attributor.record.stages)
@@ -163,7 +201,7 @@ def _memory(attributor: "SourceAttributor", sizes: list[int], element: int, num_
     if _iterates(attributor):
         memory["query vectors"] *= 2  # residual, direction and their products
         memory["products"] = attributor.memory_budget
-    if isinstance(attributor.curvature, JointCurvature):
+    if attributor.method in CURVED and isinstance(attributor.curvature, JointCurvature):
         largest = attributor.num_samples * max(sizes) * element  # one parameter's columns are never split
         columns = min(attributor.num_samples * total, max(attributor.memory_budget, largest))
         memory["sample columns"] = 2 * columns
@@ -172,20 +210,30 @@ def _memory(attributor: "SourceAttributor", sizes: list[int], element: int, num_
 
 
 def _seconds_per_token(attributor, gradients: RowGradients, stage: StageRecord, queries: Queries) -> float:
-    """Time of forward, backward and contraction with as many vectors as there are queries, on a few real batches."""
+    """Time of forward, backward and what follows it, on a few real batches."""
     rows = attributor.rows(stage)
     rows.prepare(gradients)
     stage.load_weights(gradients.model, "final")
     batches = rows.batches(rows.trained)
     chosen = [batches[i] for i in sorted({0, len(batches) // 2, len(batches) - 1})]
-    vectors = {
-        name: parameter.detach().expand(len(queries), *parameter.shape)
-        for name, parameter in gradients.parameters.items()
-    }
+    work = _work(attributor, gradients, stage, len(queries))
     gradients.check(rows.collated(rows.shortest(2), attributor.device))
-    score_rows(gradients, rows.collated(chosen[0][:2], attributor.device), vectors)  # warm-up
+    work(rows.collated(chosen[0][:2], attributor.device))  # warm-up
     start, tokens = time.perf_counter(), 0
     for numbers in chosen:
-        score_rows(gradients, rows.collated(numbers, attributor.device), vectors)
+        work(rows.collated(numbers, attributor.device))
         tokens += int(rows.lengths[numbers].sum())
     return (time.perf_counter() - start) / tokens
+
+
+def _work(attributor, gradients: RowGradients, stage: StageRecord, num_queries: int) -> Callable[[dict], object]:
+    """What a scoring pass does with a batch: a projection, or products with as many vectors as there are queries."""
+    if isinstance(attributor.options, ProjectedOptions):
+        own = gradients.only(name for name in gradients.parameters if name in stage.trainable)
+        projector = attributor.options.projector(attributor, stage, own)
+        return lambda batch: projector.project(own, own.run(batch))
+    vectors = {
+        name: parameter.detach().expand(num_queries, *parameter.shape)
+        for name, parameter in gradients.parameters.items()
+    }
+    return lambda batch: score_rows(gradients, batch, vectors)

@@ -112,6 +112,12 @@ class RowGradients:
         other.task = task
         return other
 
+    def only(self, names: Iterable[str]) -> "RowGradients":
+        """The same engine, its rules already checked, for some of its parameters."""
+        other = copy.copy(self)
+        other.parameters = {name: self.parameters[name] for name in names}
+        return other
+
     def run(self, batch: Batch, names: Iterable[str] | None = None, labels: torch.Tensor | None = None,
             generator: torch.Generator | None = None) -> Pass:  # fmt: skip
         """Forward and backward over a batch.
@@ -159,6 +165,12 @@ class RowGradients:
                 rows = slice(start, min(start + step, done.num_rows))
                 yield name, rows, self._block(name, done, rows)
         yield from self._fallback_blocks(done, slow)
+
+    def calls(self, name: str, done: Pass) -> list[tuple[Rule, Call]] | None:
+        """The calls of a pass that a parameter's gradient is the sum of, with their rules; `None` if no rule holds."""
+        if name in self.fallback or not self._fits(name, done):
+            return None
+        return [(use.rule, call) for use in self.uses[name] for call in done.calls.get(use.module, ())]
 
     def _fits(self, name: str, done: Pass) -> bool:
         """Whether calls without a row axis hold each row's tokens, or one vector a row, as the check saw it.

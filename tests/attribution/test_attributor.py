@@ -118,7 +118,8 @@ class Letters:
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_scores_every_row(story, queries, method):
-    walker = attributor(story, method=method, **({"encoder": Letters()} if method == "embedding" else {}))
+    needed = {"embedding": {"encoder": Letters()}, "datainf": {"full_parameters": True}}
+    walker = attributor(story, method=method, **needed.get(method, {}))
     for stage, num_rows in (("pretrain", 8), ("sft", 4)):
         got = walker.scores(None, queries, stage)
         assert got.shape == (2, num_rows)

@@ -24,7 +24,7 @@ from cases import distance, random_rows, tiny_gpt2
 from hf_source.recording import TrainingRecord, replay
 
 from .launching import endings, launch
-from .two_runs import CASES, even_rows, killed, mean_loss_llama, resumed, score
+from .two_runs import CASES, SCORED, even_rows, killed, mean_loss_llama, resumed, score
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -185,7 +185,7 @@ def test_a_few_steps_are_verified_against_the_sampled_weights(two, case):
 # ---- Scores ----
 
 
-@pytest.mark.parametrize("method", ["source", "stepwise", "unrolled", "grad-dot", "grad-cos"])
+@pytest.mark.parametrize("method", SCORED)
 def test_two_processes_score_like_one(two, tmp_path, method):
     """Each scores its share of the rows; float32 sums in another order are the only difference."""
     CASES["run"](tmp_path)

@@ -208,13 +208,27 @@ def resumed(folder, **settings):
 
 def scores(folder):
     """Scores of the record that the case `run` has made."""
-    for name in ("source", "stepwise", "unrolled", "grad-dot", "grad-cos"):
+    for name in SCORED:
         found = score(folder.parent / "run" / "record", name)
         np.save(folder.parent / f"{name}-{RANK}.npy", found)
 
 
+SCORED = {
+    "source": {},
+    "stepwise": {},
+    "unrolled": {},
+    "grad-dot": {},
+    "grad-cos": {},
+    "trak": {"projection_dim": 12},
+    "trackstar": {},
+    "logra": {"init": "pca", "rank": 4},
+    "datainf": {"full_parameters": True},
+}
+
+
 def score(record, method, **settings):
     """Scores of all rows, in batches of about 3 rows so that there are several to share out."""
+    settings = SCORED[method] | settings
     settings = {"num_samples": 16, "max_tokens_per_batch": 36, "progress": False} | settings
     queries = Queries.from_dataset(random_rows(3, seed=7))
     return SourceAttributor.from_record(record, method=method, **settings).scores(None, queries)

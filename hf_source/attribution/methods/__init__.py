@@ -14,11 +14,15 @@
 """The methods behind `method=`: `source` is the library's own; the others are what it is compared with."""
 
 from .base import Method
+from .datainf import DataInfOptions, datainf
 from .final import grad_cos, grad_dot
 from .influence import InfluenceOptions, influence
+from .logra import LograOptions, logra
 from .source import SourceOptions, StepwiseOptions, source, stepwise, unrolled
 from .text import EmbeddingOptions, bm25, embedding
 from .tracin import tracin
+from .trackstar import TrackStarOptions, trackstar
+from .trak import TrakOptions, trak
 
 
 METHODS: dict[str, Method] = {
@@ -29,6 +33,10 @@ METHODS: dict[str, Method] = {
     "tracin": Method(tracin),
     "grad-dot": Method(grad_dot),
     "grad-cos": Method(grad_cos),
+    "trak": Method(trak, TrakOptions),
+    "trackstar": Method(trackstar, TrackStarOptions),
+    "logra": Method(logra, LograOptions),
+    "datainf": Method(datainf, DataInfOptions),
     "bm25": Method(bm25, reads_text=True),
     "embedding": Method(embedding, EmbeddingOptions, reads_text=True),
 }

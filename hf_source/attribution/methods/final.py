@@ -13,13 +13,14 @@
 # limitations under the License.
 """Products of gradients at the final weights: `grad-dot`, `grad-cos`, and the ground of other methods."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ...gradients import DPOTask, RowGradients
+from ...recording import StageRecord
 from ...source import score_rows
 from ..queries import Queries
 from .base import Scores, Vectors
@@ -54,6 +55,24 @@ def final_gradients(
         transform: turns the query gradients into the vectors that a stage's rows are compared with.
         cosine: divide by both norms.
     """
+    for stage, rows, gradients in stages_at_end(attributor):
+        vectors = attributor.query_gradients(gradients, queries)
+        if transform is not None:
+            vectors = transform(rows, gradients, vectors)
+        scores = np.zeros((len(queries), stage.num_rows), dtype=np.float32)
+        for pieces in attributor.progress(attributor.share(rows.batches(rows.trained)), f"scoring {stage.name}"):
+            batch = rows.collated(pieces, attributor.device)
+            dots = score_rows(gradients, batch, vectors)
+            dots = dots / _row_norms(gradients, batch) if cosine else dots
+            np.add.at(scores, (slice(None), rows.row[pieces]), dots.float().numpy())
+        if cosine:
+            squares = torch.stack([vector.flatten(1).square().sum(dim=1) for vector in vectors.values()])
+            scores /= squares.sum(dim=0).sqrt().cpu().clamp_min(1e-30).numpy()[:, None]
+        yield stage, scores
+
+
+def stages_at_end(attributor: "SourceAttributor") -> Iterator[tuple[StageRecord, "StageRows", RowGradients]]:
+    """Every stage, last to first, with its rows and the engine of the final model for what the stage trained."""
     last = attributor.record.stages[-1]
     model = attributor.build_model(last)
     last.load_weights(model, "final")
@@ -69,19 +88,7 @@ def final_gradients(
         elif isinstance(rows.task, DPOTask):
             rows.task.prepare(attributor.build_model(stage), rows)
         gradients.check(rows.collated(rows.shortest(2), attributor.device))
-        vectors = attributor.query_gradients(gradients, queries)
-        if transform is not None:
-            vectors = transform(rows, gradients, vectors)
-        scores = np.zeros((len(queries), stage.num_rows), dtype=np.float32)
-        for pieces in attributor.progress(attributor.share(rows.batches(rows.trained)), f"scoring {stage.name}"):
-            batch = rows.collated(pieces, attributor.device)
-            dots = score_rows(gradients, batch, vectors)
-            dots = dots / _row_norms(gradients, batch) if cosine else dots
-            np.add.at(scores, (slice(None), rows.row[pieces]), dots.float().numpy())
-        if cosine:
-            squares = torch.stack([vector.flatten(1).square().sum(dim=1) for vector in vectors.values()])
-            scores /= squares.sum(dim=0).sqrt().cpu().clamp_min(1e-30).numpy()[:, None]
-        yield stage, scores
+        yield stage, rows, gradients
 
 
 def _row_norms(gradients: RowGradients, batch: dict[str, torch.Tensor]) -> torch.Tensor:

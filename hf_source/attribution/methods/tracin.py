@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...gradients import RowGradients
+from ...recording import StageRecord
 from ...source import score_rows
 from ..queries import Queries
 from .base import Scores
@@ -25,6 +26,7 @@ from .base import Scores
 
 if TYPE_CHECKING:
     from ..attributor import SourceAttributor
+    from ..rows import StageRows
 
 
 def tracin(attributor: "SourceAttributor", queries: Queries) -> Scores:
@@ -34,13 +36,10 @@ def tracin(attributor: "SourceAttributor", queries: Queries) -> Scores:
     visits. No preconditioner, as in the paper, so the unit is nats for SGD only.
     """
     for stage in reversed(attributor.record.stages):
-        model, rows = attributor.build_model(stage), attributor.rows(stage)
-        gradients = RowGradients(model, rows.task, stage.trainable)
-        rows.prepare(gradients)
-        gradients.check(rows.collated(rows.shortest(2), attributor.device))
+        rows, gradients = own_model(attributor, stage)
         scores = np.zeros((len(queries), stage.num_rows), dtype=np.float32)
         for segment in stage.segments:
-            stage.load_weights(model, segment.index)
+            stage.load_weights(gradients.model, segment.index)
             vectors = attributor.query_gradients(gradients, queries)
             weights = segment.row_weights()[rows.example]
             title = f"scoring {stage.name}, segment {segment.index + 1}"
@@ -48,3 +47,12 @@ def tracin(attributor: "SourceAttributor", queries: Queries) -> Scores:
                 dots = score_rows(gradients, rows.collated(pieces, attributor.device), vectors)
                 np.add.at(scores, (slice(None), rows.row[pieces]), dots.numpy() * weights[pieces])
         yield stage, scores
+
+
+def own_model(attributor: "SourceAttributor", stage: StageRecord) -> tuple["StageRows", RowGradients]:
+    """A stage's rows, and the engine of the model that it trained."""
+    rows = attributor.rows(stage)
+    gradients = RowGradients(attributor.build_model(stage), rows.task, stage.trainable)
+    rows.prepare(gradients)
+    gradients.check(rows.collated(rows.shortest(2), attributor.device))
+    return rows, gradients

@@ -1,0 +1,106 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What methods with projected gradients share: features of rows and queries, `[rows, size]`."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ...gradients import RowGradients
+from ...gradients.projection import Projector, random_side
+from ...recording import StageRecord
+from ..queries import Queries
+
+
+if TYPE_CHECKING:
+    from ..attributor import SourceAttributor
+    from ..rows import StageRows
+
+
+@dataclass(frozen=True)
+class ProjectedOptions:
+    """Settings of a method that projects gradients; tells `plan()` what they cost."""
+
+    def num_passes(self, stage: StageRecord) -> int:
+        """Passes over the stage's rows."""
+        return 1
+
+    def projector(
+        self, attributor: "SourceAttributor", stage: StageRecord, gradients: RowGradients, seed: int | None = None
+    ) -> Projector:
+        """What projects the gradients of a stage's rows; drawn from the attributor's seed unless another is given."""
+        raise NotImplementedError
+
+
+def row_features(
+    attributor: "SourceAttributor", rows: "StageRows", gradients: RowGradients, projector: Projector, title: str = ""
+) -> torch.Tensor:
+    """Features of the rows that trained, `[trained rows, size]`, in the order of `rows.trained_rows`.
+
+    Every process projects its share of the rows, and gets them all. A row in several pieces has the sum of theirs.
+    """
+    place = np.zeros(rows.stage.num_rows, dtype=np.int64)
+    place[rows.trained_rows] = np.arange(len(rows.trained_rows))
+    result = torch.zeros(len(rows.trained_rows), projector.size, dtype=_kept(attributor), device=attributor.device)
+    batches = attributor.share(rows.batches(rows.trained))
+    for pieces in attributor.progress(batches, title or f"projecting rows of {rows.stage.name}"):
+        done = gradients.run(rows.collated(pieces, attributor.device))
+        index = torch.as_tensor(place[rows.row[pieces]], device=attributor.device)
+        result.index_add_(0, index, projector.project(gradients, done).to(result))
+    return attributor.total(result)
+
+
+def query_features(
+    attributor: "SourceAttributor", queries: Queries, gradients: RowGradients, projector: Projector, measure=None
+) -> torch.Tensor:
+    """Features of the queries, `[queries, size]`.
+
+    Args:
+        attributor, queries, gradients, projector: as for rows.
+        measure: makes another task of the queries' own.
+    """
+    result = torch.zeros(len(queries), projector.size, dtype=_kept(attributor), device=attributor.device)
+    for engine, chosen, batch in attributor.query_batches(gradients, queries):
+        engine = engine if measure is None else engine.with_task(measure(engine.task))
+        found = projector.project(engine, engine.run(batch))
+        result[torch.as_tensor(chosen.copy(), device=attributor.device)] = found.to(result)
+    return result
+
+
+def share_of_scores(attributor: "SourceAttributor", rows: "StageRows", scores: torch.Tensor) -> np.ndarray:
+    """Scores of the trained rows `[queries, trained rows]` by row number, of this process's share; 0 elsewhere."""
+    mine = attributor.share(np.arange(len(rows.trained_rows)))
+    result = np.zeros((len(scores), rows.stage.num_rows), dtype=np.float32)
+    result[:, rows.trained_rows[mine]] = scores.float().cpu().numpy()[:, mine]
+    return result
+
+
+def random_sides(
+    gradients: RowGradients, name: str, left: int, right: int, seed: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Normal random matrices for both sides of a parameter, of at most `left` and `right` dimensions."""
+    parameter = gradients.parameters[name]
+    rows = parameter.shape[0] if parameter.dim() else 1
+    columns = parameter.numel() // rows
+    return (
+        random_side(left, rows, "normal", seed, f"{name}/left", parameter),
+        random_side(right, columns, "normal", seed, f"{name}/right", parameter),
+    )
+
+
+def _kept(attributor: "SourceAttributor") -> torch.dtype:
+    """Features are float32, whatever gradients are computed in, unless that is float64."""
+    return torch.float64 if attributor.dtype == torch.float64 else torch.float32
