@@ -36,9 +36,15 @@ ROW = "source_row"
 
 IGNORE_INDEX = -100
 
+TOKENS = ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids")
+"""Columns of prepared rows that hold what a model of text reads."""
+
 TRAINED_COLUMNS = ("input_ids", "labels", "prompt_ids", "chosen_ids", "rejected_ids", "margin", "row_ids")
 """Columns of prepared rows that decide what is trained: tokens, their labels, pairs of preferences, and whose tokens a
 packed sequence holds."""
+
+HEAD_COLUMNS = ("label", "label_ids", "start_positions", "end_positions", "token_type_ids")
+"""Columns that decide what is trained where a row has no `labels`, and the segments of a pair of texts."""
 
 
 def dataset_kind(column_names: Sequence[str]) -> str:
@@ -177,7 +183,7 @@ def tokenizer_digest(processing_class: PreTrainedTokenizerBase) -> str:
 def content_fingerprint(dataset: Dataset | Sequence[Mapping[str, Any]]) -> str:
     """Hash of what training sees: the `TRAINED_COLUMNS` of every row, in the order of the rows' numbers.
 
-    Rows with none of these columns are hashed whole. Independent of integer width, of Arrow chunking, of columns that
+    Rows without tokens are hashed whole. Independent of integer width, of Arrow chunking, of columns that
     do not train, and of shuffling if the rows carry their numbers (`source_row`).
     """
     digest = xxhash.xxh3_128()
@@ -188,8 +194,8 @@ def content_fingerprint(dataset: Dataset | Sequence[Mapping[str, Any]]) -> str:
                 dataset = dataset.select(np.argsort(numbers))
                 if not np.array_equal(np.sort(numbers), np.arange(len(numbers))):  # some rows were filtered out
                     digest.update(np.sort(numbers).astype(np.int64).tobytes())
-        columns = [name for name in TRAINED_COLUMNS if name in dataset.column_names]
-        if not columns:
+        columns = [name for name in TRAINED_COLUMNS + HEAD_COLUMNS if name in dataset.column_names]
+        if not any(name in columns for name in TOKENS):
             return dataset_digest(dataset, [name for name in dataset.column_names if name != ROW])
         digest.update(repr((len(dataset), columns)).encode())
         rows = dataset.select_columns(columns).with_format("arrow")
@@ -198,12 +204,16 @@ def content_fingerprint(dataset: Dataset | Sequence[Mapping[str, Any]]) -> str:
                 column = batch[name].combine_chunks() if isinstance(batch[name], pa.ChunkedArray) else batch[name]
                 _hash_column(digest, column)
         return digest.hexdigest()
+    if len(dataset) and not any(name in dataset[0] for name in TOKENS):
+        from .recording.rows.stored import rows_dataset
+
+        return content_fingerprint(rows_dataset(dataset[index] for index in range(len(dataset))))
     names: list[str] = []
     numbers: list[int] = []
     for start in range(0, len(dataset), 4096):
         rows = [dataset[index] for index in range(start, min(start + 4096, len(dataset)))]
         if not start:
-            names = [name for name in ("input_ids", "labels") if name in rows[0]]
+            names = [name for name in ("input_ids", "labels", *HEAD_COLUMNS) if name in rows[0]]
             digest.update(repr((len(dataset), names)).encode())
         for name in names:
             lacking = [start + place for place, row in enumerate(rows) if name not in row]

@@ -31,7 +31,21 @@ from tqdm.auto import tqdm
 from ..curvature import make_curvature
 from ..data import CausalLMCollator
 from ..errors import ConfigError, DataError, UnsupportedError
-from ..gradients import CausalLMTask, RowGradients, RowLossTask, Seq2SeqTask, Task, is_known, labels_of, task_for
+from ..gradients import (
+    CausalLMTask,
+    Loss,
+    Measurement,
+    RowGradients,
+    RowLossTask,
+    Seq2SeqTask,
+    Task,
+    describe_measurement,
+    is_known,
+    make_measurement,
+    measured,
+    task_for,
+    task_labels,
+)
 from ..outputs.columns import add_score_columns, check_names, top_table, with_note
 from ..outputs.trust import trust_note
 from ..recording import StageRecord, TrainingRecord
@@ -66,6 +80,9 @@ class SourceAttributor:
         model: a callable giving a fresh model for a stage, for architectures that transformers cannot rebuild.
         task: what defines a row's loss, for stages where the record does not say it (if it does in each: for all of
             them); or stage name -> task. See `hf_source.RowLossTask`.
+        measurement: what queries ask about, a name of `hf_source.gradients.MEASUREMENTS` or an object: `"loss"`,
+            `"margin"` (of the right class), `"logit-difference"`, `"log-probability"`, `"absolute-error"`. Scores have
+            its unit, and stay positive for rows that support the answer.
         data_collator: the Trainer's, if it masked labels in its own way.
         max_tokens_per_batch: padded tokens per forward pass.
         memory_budget: bytes for the columns of the sample matrix held at once.
@@ -91,6 +108,7 @@ class SourceAttributor:
         datasets: Mapping[str, Dataset] | None = None,
         model: Callable[[StageRecord], nn.Module] | None = None,
         task: Task | Mapping[str, Task] | None = None,
+        measurement: str | Measurement = "loss",
         data_collator: Any = None,
         max_tokens_per_batch: int = 4096,
         memory_budget: int = 2**30,
@@ -117,6 +135,7 @@ class SourceAttributor:
             "momentum": momentum,
             "model": model,
             "task": task,
+            "measurement": measurement,
             "data_collator": data_collator,
             "max_tokens_per_batch": max_tokens_per_batch,
             "memory_budget": memory_budget,
@@ -133,6 +152,7 @@ class SourceAttributor:
         for own in task.values() if isinstance(task, Mapping) else [task]:
             _refuse_incomplete(own)
         self._task = task
+        self._measurement = make_measurement(measurement)
         self.data_collator = data_collator
         self.max_tokens_per_batch = max_tokens_per_batch
         self.memory_budget = memory_budget
@@ -180,6 +200,8 @@ class SourceAttributor:
         own = {field.name: getattr(self.options, field.name) for field in fields(self.options)}
         read = () if METHODS[self.method].reads_text else ("curvature", "num_samples", "tail", "momentum")
         common = {key: self._given[key] for key in read}
+        if self._measurement != Loss():
+            common["measurement"] = describe_measurement(self._measurement)
         named = {"task": self._task, "data_collator": self.data_collator}
         objects = {key: str(type(value).__qualname__) for key, value in named.items() if value is not None}
         return json.loads(json.dumps({"method": self.method, **common, **own, **objects}, default=str))
@@ -236,14 +258,20 @@ class SourceAttributor:
         return task_for(stage)
 
     def measurement(self, queries: Queries) -> Task:
-        """What a query measures: the log-likelihood of its text, or the loss of its rows as the last stage trains."""
+        """What a query measures: the log-likelihood of its text, or the loss of its rows as the last stage trains.
+
+        With `measurement=` another number of the same predictions.
+
+        Raises:
+            ConfigError: if the measurement means nothing for what the model predicts.
+        """
         stage = self.record.stages[-1]
         task = self.rows(stage).task
         if queries.are_rows:
-            return task
-        if isinstance(task, (CausalLMTask, Seq2SeqTask)):
-            return task.unsmoothed()
-        return Seq2SeqTask() if stage.is_encoder_decoder else CausalLMTask()
+            return task if isinstance(self._measurement, Loss) else measured(task, self._measurement)
+        if not isinstance(task, (CausalLMTask, Seq2SeqTask)):
+            task = Seq2SeqTask() if stage.is_encoder_decoder else CausalLMTask()
+        return measured(task, self._measurement)
 
     def rows(self, stage: StageRecord) -> StageRows:
         """The rows of a stage: as given, or as the record holds them.
@@ -369,7 +397,8 @@ class SourceAttributor:
         collator, columns = self._query_collator(task, queries)
         collated = lambda chosen: collate(collator, [encoded.rows[i] for i in chosen], self.device, columns)  # noqa: E731
         if task is not gradients.task:
-            self._refuse_without_text(gradients.model)
+            if not queries.are_rows:
+                self._refuse_without_text(gradients.model)
             gradients = RowGradients(gradients.model, task, list(gradients.parameters))
             gradients.check(collated(range(min(2, len(queries)))))
         measure = getattr(task, "length", len)
@@ -392,7 +421,9 @@ class SourceAttributor:
         for start in range(0, len(order), step):
             chosen = order[start : start + step]
             batch = collate(collator, [encoded.rows[i] for i in chosen], self.device, columns)
-            found[chosen] = task.row_losses(task.forward(model, batch), labels_of(batch)).double().cpu().numpy()
+            found[chosen] = (
+                task.row_losses(task.forward(model, batch), task_labels(task, batch)).double().cpu().numpy()
+            )
         return found
 
     def _query_collator(self, task: Task, queries: Queries) -> tuple[Any, Sequence[str] | None]:

@@ -27,7 +27,7 @@ import torch
 
 from ..errors import UnsupportedError
 from ..gradients.rows import RowGradients, as_rows
-from ..gradients.task import Batch, RowLossTask, labels_of
+from ..gradients.task import Batch, RowLossTask, task_labels
 
 
 Vectors = dict[str, torch.Tensor]
@@ -48,7 +48,7 @@ class GaussNewtonProducts:
         self.gradients = gradients
         self.batches = batches
         self.memory_budget = memory_budget
-        self.items = sum(int(gradients.task.num_items(labels_of(batch)).sum()) for batch in batches)
+        self.items = sum(int(gradients.task.num_items(task_labels(gradients.task, batch)).sum()) for batch in batches)
 
     def __call__(self, vectors: Vectors) -> Vectors:
         """Products.
@@ -73,7 +73,7 @@ class GaussNewtonProducts:
         return {name: found / max(self.items, 1) for name, found in total.items()}
 
     def _add(self, batch: Batch, vectors: Vectors, total: Vectors) -> None:
-        gradients, task, labels = self.gradients, self.gradients.task, labels_of(batch)
+        gradients, task, labels = self.gradients, self.gradients.task, task_labels(self.gradients.task, batch)
         wanted = [gradients.parameters[name] for name in vectors]
         with gradients._requiring_grad(wanted), torch.enable_grad():
             outputs = task.forward(gradients.model, batch)

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from ..gradients.rows import Pass, RowGradients, as_rows
-from ..gradients.task import RowLossTask, labels_of
+from ..gradients.task import RowLossTask, task_labels
 
 
 def systematic_sample(weights: np.ndarray, size: int, seed: int) -> np.ndarray:
@@ -75,7 +75,7 @@ class FisherSample:
         task = gradients.task
         if isinstance(task, RowLossTask):
             self.gradients = gradients.with_task(task.unsmoothed())
-        labels = [labels_of(batch) for batch in batches]
+        labels = [task_labels(task, batch) for batch in batches]
         self.size = sum(map(len, labels))
         items = sum(int(gradients.task.num_items(part).sum()) for part in labels)
         self.objective_scale = objective_scale

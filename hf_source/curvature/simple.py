@@ -20,7 +20,7 @@ import torch
 
 from ..errors import UnsupportedError
 from ..gradients.rows import as_rows
-from ..gradients.task import CausalLMTask, labels_of
+from ..gradients.task import CausalLMTask, task_labels
 from .flow import Flow, decayed, forced, integral
 from .sample import FisherSample
 
@@ -142,7 +142,7 @@ def _gauss_newton_by_rows(sample: FisherSample, parameters: list[torch.nn.Parame
     total = sum(parameter.numel() for parameter in parameters)
     result, items = torch.zeros(total, total, dtype=torch.float64), 0
     for batch in sample.batches:
-        labels = labels_of(batch)
+        labels = task_labels(gradients.task, batch)
         items += int(gradients.task.num_items(labels).sum())
         for row in range(len(labels)):
             one = {key: value[row : row + 1] for key, value in batch.items()}

@@ -20,15 +20,26 @@ overhead this is many times faster than one after another. The removed row's ite
 `m` out then means exactly that its term `grad l_m / N_k` is missing, which is what a score predicts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch.func import functional_call, grad, vmap
 
-from ..data import CausalLMCollator, take_rows
-from ..gradients import CausalLMTask, RowLossTask, Task, batch_to, task_for
+from ..attribution.rows import collate
+from ..data import take_rows
+from ..gradients import (
+    CausalLMTask,
+    Loss,
+    Measurement,
+    RowLossTask,
+    Task,
+    make_measurement,
+    measured,
+    task_for,
+    task_labels,
+)
 from ..recording import StageRecord, canonical_name
 from ..recording.optimizers import OptimizerDescription, build_optimizer
 from ..recording.reading.assumed import require_recorded_visits
@@ -36,6 +47,21 @@ from ..recording.warm import refuse_moments
 
 
 Stacked = dict[str, torch.Tensor]
+
+
+class _Losses(torch.nn.Module):
+    """Row losses as a module, so that a task can call its model however it wants while the weights are replaced."""
+
+    def __init__(self, model: torch.nn.Module, task: Task) -> None:
+        super().__init__()
+        self.model, self.task = model, task
+
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return self.task.row_losses(self.task.forward(self.model, batch), task_labels(self.task, batch))
+
+    def at(self, weights: Stacked, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Loss of each row at other weights, `[rows]`."""
+        return functional_call(self, {f"model.{name}": weight for name, weight in weights.items()}, (batch,))
 
 
 class StackedOptimizer:
@@ -78,6 +104,7 @@ def retrain(
     data_collator: Any = None,
     start: Stacked | None = None,
     progress: Any = None,
+    model: Callable[[StageRecord], torch.nn.Module] | None = None,
 ) -> tuple[torch.nn.Module, Stacked]:
     """Train one copy of a recorded stage per row mask.
 
@@ -87,10 +114,11 @@ def retrain(
         keep: bool `[copies, rows]`, or float weights of the rows; a copy trains on row `m` with weight `keep[:, m]`.
         task: what defines a row's loss.
         dtype: of training.
-        data_collator: as in training; right-padding by default.
+        data_collator: as in training; the task's by default.
         start: what each copy starts from instead of the recorded initial weights, as `retrain` returned it for the
             stage before. Weights that this stage freezes are kept.
         progress: wraps the list of steps, e.g. in a progress bar.
+        model: gives a fresh model for the stage, for architectures that transformers cannot rebuild.
 
     Returns:
         The model skeleton, and the parameters in which copies differ, name -> `[copies, *shape]`.
@@ -98,8 +126,9 @@ def retrain(
     require_recorded_visits(stage, "trained again")
     refuse_moments(stage, "retraining many copies at once")
     task = task or task_for(stage)
-    collate = data_collator or CausalLMCollator()
-    model = stage.build_model(dtype).eval()
+    own_task = task if isinstance(task, RowLossTask) else CausalLMTask()
+    collator = data_collator or own_task.collator(stage.record.processing_class())
+    model = stage.build_model(dtype).eval() if model is None else model(stage).to(dtype).eval()
     stage.load_weights(model, "initial")
     if hasattr(model, "set_attn_implementation"):
         model.set_attn_implementation("eager")  # fused attention would take the copies one by one
@@ -115,19 +144,18 @@ def retrain(
     weights = torch.as_tensor(keep, dtype=dtype)
     optimizer = StackedOptimizer(OptimizerDescription.from_dict(stage.optimizer), parameters)
     steps = stage.steps()
+    losses = _Losses(model, task)
 
     def loss(
         parameters: Stacked, held: Stacked, batch: dict[str, torch.Tensor], row_weights: torch.Tensor
     ) -> torch.Tensor:
-        weights = {**parameters, **held}
-        outputs = functional_call(model, weights, (), {"input_ids": batch["input_ids"], "use_cache": False})
-        return (task.row_losses(outputs.logits, batch["labels"]) * row_weights).sum()
+        return (losses.at({**parameters, **held}, batch) * row_weights).sum()
 
     gradients_of = vmap(grad(loss), in_dims=(0, 0, None, 0))
     for step in (progress or iter)(range(stage.num_steps)):
         total: Stacked = {}
         for micro in steps.micro_batches[step]:
-            batch = batch_to(collate(take_rows(dataset, micro.rows)), torch.device("cpu"))
+            batch = collate(collator, take_rows(dataset, micro.rows), torch.device("cpu"), own_task.columns)
             part = gradients_of(parameters, held, batch, weights[:, micro.rows])
             for name, gradient in part.items():
                 gradient.div_(micro.normalizer)
@@ -151,24 +179,35 @@ def _clip(gradients: Stacked, max_norm: float) -> None:
 
 
 def losses_of(
-    model: torch.nn.Module, parameters: Stacked, rows: Sequence[Mapping[str, Any]], task: Task | None = None
+    model: torch.nn.Module,
+    parameters: Stacked,
+    rows: Sequence[Mapping[str, Any]],
+    task: Task | None = None,
+    measurement: str | Measurement = "loss",
+    data_collator: Any = None,
 ) -> np.ndarray:
-    """Summed loss of each row under each copy.
+    """What each row measures under each copy: its summed loss by default.
 
     Args:
         model: the skeleton from `retrain`.
         parameters: the copies.
-        rows: token rows with `labels` (the queries').
+        rows: the queries' rows (`Queries.rows`).
+        task: what the rows are to the model; next-token prediction by default.
+        measurement: as of `SourceAttributor`.
+        data_collator: as in training; the task's by default.
 
     Returns:
-        float64 `[copies, rows]`, nats.
+        float64 `[copies, rows]`; smaller is better, in the unit of the measurement (nats of the loss).
     """
     task = task or CausalLMTask()
-    batch = CausalLMCollator()(rows)
+    task = task if make_measurement(measurement) == Loss() else measured(task, measurement)
+    own_task = task if isinstance(task, RowLossTask) else CausalLMTask()
+    collator = data_collator or own_task.collator(None)
+    batch = collate(collator, rows, torch.device("cpu"), own_task.columns)
+    losses = _Losses(model, task)
 
     def one(parameters: Stacked) -> torch.Tensor:
-        outputs = functional_call(model, parameters, (), {"input_ids": batch["input_ids"], "use_cache": False})
-        return task.row_losses(outputs.logits, batch["labels"])
+        return losses.at(parameters, batch)
 
     with torch.no_grad():
         return vmap(one, chunk_size=8)(parameters).double().numpy()
@@ -180,13 +219,22 @@ def retrain_in_chunks(
     keep: np.ndarray,
     rows: Sequence[Mapping[str, Any]],
     chunk: int = 16,
+    measurement: str | Measurement = "loss",
     **options: Any,
 ) -> np.ndarray:
-    """Losses of the query rows after retraining on every mask, a few copies at a time: float64 `[copies, rows]`."""
-    task = options.get("task") or task_for(stage)
-    measured = task.unsmoothed() if isinstance(task, RowLossTask) else task
+    """What the query rows measure after retraining on every mask, a few copies at a time: float64 `[copies, rows]`.
+
+    Args:
+        stage, dataset, keep, options: see `retrain`.
+        rows, measurement: see `losses_of`.
+        chunk: copies trained at once.
+    """
+    task, collator = options.get("task") or task_for(stage), options.get("data_collator")
+    if collator is None and isinstance(task, RowLossTask):
+        collator = task.collator(stage.record.processing_class())
+    task = measured(task, measurement)
     parts = [
-        losses_of(*retrain(stage, dataset, keep[start : start + chunk], **options), rows, measured)
+        losses_of(*retrain(stage, dataset, keep[start : start + chunk], **options), rows, task, "loss", collator)
         for start in range(0, len(keep), chunk)
     ]
     return np.concatenate(parts)

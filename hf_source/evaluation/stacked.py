@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from ..attribution.queries import Queries
 from ..data import IGNORE_INDEX
 from ..errors import ConfigError, UnsupportedError
-from ..gradients import CausalLMTask, Seq2SeqTask, Task, task_for
+from ..gradients import CausalLMTask, RowLossTask, Seq2SeqTask, Task, task_for
 from ..recording import StageRecord, TrainingRecord
 from ..recording.reading.assumed import require_recorded_visits
 from ..recording.rows.matching import match_rows
@@ -168,7 +168,10 @@ class StackedRetraining:
                 stage = reordered(stage, rows.numbers, rows.counts(task.count_items), rows.counts(_labels), seed)
             options = {"task": task, "dtype": self.dtype, "data_collator": self.data_collator}
             model, start = retrain(stage, rows, masks, start=start, **options)
-        return losses_of(model, start, self.queries.rows, self.measurement)
+        collator = self.data_collator if self.queries.are_rows else None
+        if collator is None and isinstance(self.measurement, RowLossTask):
+            collator = self.measurement.collator(self.stages[-1].record.processing_class())
+        return losses_of(model, start, self.queries.rows, self.measurement, "loss", collator)
 
 
 class RowsByNumber(Sequence):

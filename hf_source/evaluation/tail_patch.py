@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from ..errors import ConfigError
-from ..gradients import RowLossTask, labels_of
+from ..gradients import RowLossTask, task_labels
 from ..recording.optimizers import OptimizerDescription, build_optimizer
 from .estimate import Estimate, mean_estimate
 from .removal import CONTROL
@@ -195,7 +195,7 @@ class _Patch:
         items = max(int(self.rows.items[pieces].sum()), 1)
         for part in self.rows.batches(pieces):
             batch = self.rows.collated(part, self.attributor.device)
-            (task.row_losses(task.forward(self.model, batch), labels_of(batch)).sum() / items).backward()
+            (task.row_losses(task.forward(self.model, batch), task_labels(task, batch)).sum() / items).backward()
 
 
 def _without_decay(description: OptimizerDescription) -> OptimizerDescription:

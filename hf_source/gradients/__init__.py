@@ -13,15 +13,39 @@
 # limitations under the License.
 """Per-row gradients of every trainable parameter."""
 
+from .heads import ClassificationTask, HeadTask, MultiLabelTask, RegressionTask
+from .measurement import (
+    MEASUREMENTS,
+    AbsoluteError,
+    LogitDifference,
+    LogProbability,
+    Loss,
+    Margin,
+    Measurement,
+    describe_measurement,
+    make_measurement,
+    measured,
+)
 from .preference import DPOTask, PairTask, RewardTask
 from .rows import Pass, RowGradients
 from .selection import is_known, task_for
-from .task import CausalLMTask, RowLossTask, Seq2SeqTask, Task, batch_to, labels_of
+from .task import CausalLMTask, RowLossTask, Seq2SeqTask, Task, batch_to, labels_of, task_labels
 
 
 __all__ = [
+    "AbsoluteError",
     "CausalLMTask",
+    "ClassificationTask",
     "DPOTask",
+    "HeadTask",
+    "LogProbability",
+    "LogitDifference",
+    "Loss",
+    "MEASUREMENTS",
+    "Margin",
+    "Measurement",
+    "MultiLabelTask",
+    "RegressionTask",
     "PairTask",
     "RewardTask",
     "Pass",
@@ -30,7 +54,11 @@ __all__ = [
     "Seq2SeqTask",
     "Task",
     "batch_to",
+    "describe_measurement",
     "is_known",
     "labels_of",
+    "make_measurement",
+    "measured",
     "task_for",
+    "task_labels",
 ]

@@ -31,7 +31,7 @@ from torch import nn
 
 from ..errors import UnsupportedError
 from .rules import Call, Rule, rules_for
-from .task import Batch, Task, labels_of
+from .task import Batch, Task, task_labels
 
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class RowGradients:
         """
         names = list(self.parameters if names is None else names)
         modules = {use.module for name in names if name not in self.fallback for use in self.uses[name]}
-        given = labels_of(batch)
+        given = task_labels(self.task, batch)
         with self._captured(modules, len(given) * getattr(self.task, "sequences_per_row", 1)) as calls:
             with torch.enable_grad():
                 outputs = self.task.forward(self.model, batch)
@@ -226,7 +226,7 @@ class RowGradients:
         """
         self.checked = True
         names = list(self.parameters)
-        labels = labels_of(batch)
+        labels = task_labels(self.task, batch)
         items = self.task.num_items(labels)
         if not items.any():
             raise UnsupportedError(

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import UnsupportedError
+from .heads import ClassificationTask, MultiLabelTask, RegressionTask
 from .preference import DPOTask, RewardTask
 from .task import CausalLMTask, Seq2SeqTask, Task
 
@@ -29,8 +30,15 @@ TASKS: dict[str, Callable[[Mapping[str, Any]], Task]] = {
     "seq2seq_lm": lambda settings: Seq2SeqTask(**settings),
     "reward": RewardTask,
     "dpo": DPOTask,
+    "classification": lambda settings: ClassificationTask(**settings),
+    "multi_label": lambda settings: MultiLabelTask(**settings),
+    "regression": lambda settings: RegressionTask(**settings),
 }
 """`loss["kind"]` of a stage to the task it trained on; called with the loss's recorded settings."""
+
+
+HEADS = ("classification", "multi_label", "regression")
+"""Tasks that are recognised by what the model's head computes of the first batch, in the order they are tried."""
 
 
 def _reason(stage: Any) -> str | None:

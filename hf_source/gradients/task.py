@@ -14,7 +14,8 @@
 """What a model was trained to do: its loss per row, the labels it would draw itself, and what a query measures.
 
 `CausalLMTask` is the task of decoder language models, `Seq2SeqTask` that of encoder-decoders, `preference.py` has
-those of pairs. A task of your own is a subclass of `RowLossTask` with two methods.
+those of pairs, `heads.py` those of classification and regression. A task of your own is a subclass of `RowLossTask`
+with two methods.
 """
 
 from collections.abc import Callable, Mapping
@@ -84,6 +85,14 @@ class RowLossTask:
         """Labels for the curvature; the row's own by default."""
         return labels
 
+    def labels(self, batch: Batch) -> torch.Tensor:
+        """What `row_losses` compares predictions with, `[rows, ...]`: the batch's `labels` by default."""
+        return labels_of(batch)
+
+    def predictions(self, outputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Predictions and the labels that they tell, place by place: what measurements other than the loss read."""
+        return outputs, labels
+
     def num_items(self, labels: torch.Tensor) -> torch.Tensor:
         """Loss items of each row: labels other than -100 if they are whole numbers, else the row itself."""
         if labels.is_floating_point():
@@ -118,6 +127,11 @@ def labels_of(batch: Batch) -> torch.Tensor:
             return batch[name]
     first = next(iter(batch.values()))
     return torch.zeros(len(first), dtype=torch.int64, device=first.device)
+
+
+def task_labels(task: "Task", batch: Batch) -> torch.Tensor:
+    """The labels of a batch as the task reads them; a task that is no `RowLossTask` has them in `labels`."""
+    return task.labels(batch) if isinstance(task, RowLossTask) else labels_of(batch)
 
 
 class CausalLMTask(RowLossTask):
@@ -173,7 +187,7 @@ class CausalLMTask(RowLossTask):
         """
         sampled = labels.clone()
         logits, targets = self.predictions(outputs, labels)
-        sampled[:, self._first :] = _drawn(logits, targets, generator)
+        sampled[:, self._first :] = drawn(logits, targets, generator)
         return sampled
 
     @property
@@ -231,7 +245,7 @@ class Seq2SeqTask(RowLossTask):
 
     def sample_labels(self, outputs: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Each loss item's label drawn from the softmax of its logits; shape and masking of `labels`."""
-        return _drawn(outputs, labels, generator)
+        return drawn(outputs, labels, generator)
 
     def collator(self, processing_class: Any) -> Callable[[list], Batch]:
         """Pads inputs and labels to the right."""
@@ -268,7 +282,7 @@ def token_losses(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: f
 
 
 @torch.no_grad()
-def _drawn(logits: torch.Tensor, targets: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def drawn(logits: torch.Tensor, targets: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Targets drawn from the softmax of the logits, where there is a target."""
     cumulative = logits.float().softmax(dim=-1).cumsum(dim=-1)
     uniform = torch.rand(cumulative.shape[:-1], generator=generator).to(cumulative.device)

@@ -212,6 +212,14 @@ def drops(module: torch.nn.Module) -> bool:
     return any(isinstance(value, float) and value > 0 for value in values)
 
 
+def warn_about_unknown_loss(reason: str) -> None:
+    """Say that attribution will have to be told what a row's loss is."""
+    logger.warning(
+        f"The loss of a row is not known ({reason}). Row weights in the record assume that the loss is the mean over "
+        "its items (labels other than -100, or rows), and attribution will ask for `task=`."
+    )
+
+
 def warn_about_noise(trainer: Any) -> None:
     """Say which randomness of training the scores will average over."""
     if has_dropout(trainer.model):
@@ -225,10 +233,7 @@ def warn_about_noise(trainer: Any) -> None:
             "no row and is not attributed; set output_router_logits=False for exact attribution."
         )
     if reason := describe_loss(trainer)["reason"]:
-        logger.warning(
-            f"The loss of a row is not known ({reason}). Row weights in the record assume that the loss is the mean "
-            "over its items (labels other than -100, or rows), and attribution will ask for `task=`."
-        )
+        warn_about_unknown_loss(reason)
     if trainer.args.neftune_noise_alpha:
         logger.warning(
             "neftune_noise_alpha adds noise to the embeddings in training. Scores describe the model without it; set "

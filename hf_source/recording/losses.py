@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from .heads import HEAD
 from .models import is_causal_lm, num_virtual_tokens, plain_model
 from .smoothing import label_smoothing
 
@@ -27,7 +28,8 @@ from .smoothing import label_smoothing
 def describe_loss(trainer: Any) -> dict[str, Any]:
     """The `loss` entry of a stage.
 
-    `kind` is `"causal_lm"`, `"seq2seq_lm"`, `"reward"` or `"dpo"`, with the constants of the loss as `settings`; where
+    `kind` is `"causal_lm"`, `"seq2seq_lm"`, `"reward"` or `"dpo"`, or `"head"` until the first batch (see `heads.py`),
+    with the constants of the loss as `settings`; where
     the loss of a row is not known, `reason` says why.
     """
     kind, settings, reason = _kind(trainer)
@@ -156,7 +158,7 @@ def _model_loss(trainer: Any) -> tuple[str, dict[str, Any], str | None]:
         model, "prepare_decoder_input_ids_from_labels"
     ):
         return "seq2seq_lm", {"label_smoothing": label_smoothing(trainer)}, None
-    return str(getattr(model, "loss_type", None)), {}, f"{type(model).__name__} computes its loss itself"
+    return HEAD, {}, None  # the first batch will tell
 
 
 @torch.no_grad()

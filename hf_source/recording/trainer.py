@@ -27,10 +27,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data import IGNORE_INDEX, ROW, CausalLMCollator, dataset_kind, prepare_rows, refuse_long_rows
 from ..errors import DataError, UnsupportedError
+from ..gradients.heads import HeadTask
+from ..gradients.selection import HEADS, TASKS
 from .checkpoints import check_checkpoint, forget_checkpoint, last_checkpoint
-from .checks import refuse_unsupported, warn_about_resuming
+from .checks import refuse_unsupported, warn_about_resuming, warn_about_unknown_loss
 from .config import RecordingOptions, SourceConfig
 from .deepspeed import FollowedEngine
+from .heads import HEAD, recognise_head
 from .lock import writing
 from .losses import divides_by_count, loss_owner
 from .models import context_length, is_causal_lm, predicted_labels
@@ -93,6 +96,7 @@ class RecordingMixin:
         self._engine: FollowedEngine | None = None
         self._resume_folder: Path | None = None
         self._loss_divides_by_count: bool | None = None
+        self._head: HeadTask | None = None
         self.num_train_rows = 0
         self.packing: str | None = None
         self.num_train_examples: int | None = None  # packed sequences
@@ -163,6 +167,7 @@ class RecordingMixin:
                 "set after training began, or a dataset transform (keep the column in its result)."
             )
         if self._recorder is not None:  # None outside of train()
+            self._recognise_head(self._recorder.writer.stage["loss"], inputs)
             items = self.count_items(inputs, len(rows))
             self._recorder.add_micro_batch(rows, self._normalizer(inputs, num_items_in_batch, items), items, inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -170,8 +175,18 @@ class RecordingMixin:
             self._recorder.note_first_loss(loss)
         return loss
 
+    def _recognise_head(self, loss: dict[str, Any], inputs: Any) -> None:
+        """Find out from the first batch which loss the model's head computes, unless the record says so already."""
+        if loss["kind"] == HEAD and not loss["reason"]:
+            loss |= recognise_head(self, inputs)
+            if loss["reason"]:
+                warn_about_unknown_loss(loss["reason"])
+        self._head = TASKS[loss["kind"]](loss["settings"]) if loss["kind"] in HEADS else None
+
     def count_items(self, inputs: Any, num_rows: int) -> torch.Tensor | int:
         """Number of loss items in a micro-batch: label tokens that are predicted, or rows for other losses."""
+        if self._head is not None:
+            return self._head.num_items(self._head.labels(inputs)).sum()
         if inputs.get("shift_labels") is not None:
             return inputs["shift_labels"].ne(IGNORE_INDEX).sum()
         labels = inputs.get("labels")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..gradients import RowGradients, RowLossTask, labels_of
+from ..gradients import RowGradients, RowLossTask, task_labels
 from ..gradients.rows import as_rows
 
 
@@ -53,7 +53,7 @@ class ExactProducts:
         """
         wanted, task = gradients.parameters, gradients.task
         with gradients._requiring_grad(list(wanted.values())), torch.enable_grad():
-            loss = task.row_losses(task.forward(gradients.model, batch), labels_of(batch)).sum() / normalizer
+            loss = task.row_losses(task.forward(gradients.model, batch), task_labels(task, batch)).sum() / normalizer
             found = torch.autograd.grad(loss, list(wanted.values()), create_graph=True, allow_unused=True)
             grads = {name: part for name, part in zip(wanted, found, strict=True) if part is not None}
             names = [name for name in forces if name in grads and grads[name].requires_grad]

@@ -37,7 +37,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedError
-from ..gradients import RowGradients, labels_of
+from ..gradients import RowGradients, task_labels
 from ..recording import StageRecord
 from ..recording.optimizers import OptimizerDescription, build_optimizer
 from ..recording.reading.assumed import require_recorded_visits
@@ -241,7 +241,7 @@ class RecordedRun:
         """Gradient of the batch's summed loss over the normalizer."""
         gradients, task = self.gradients, self.gradients.task
         with gradients._requiring_grad(list(wanted.values())), torch.enable_grad():
-            loss = task.row_losses(task.forward(gradients.model, batch), labels_of(batch)).sum() / normalizer
+            loss = task.row_losses(task.forward(gradients.model, batch), task_labels(task, batch)).sum() / normalizer
             grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
         return {name: grad for name, grad in zip(wanted, grads, strict=True) if grad is not None}
 

@@ -319,6 +319,7 @@ class _Run:
             for batch in trainer.get_train_dataloader():
                 (inputs,), count = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
                 numbers = inputs.pop("source_row")
+                trainer._recognise_head(stage["loss"], inputs)
                 here = int(trainer.count_items(inputs, len(numbers)))
                 if rows == 0:
                     trainer._normalizer(inputs, count, here)

@@ -26,7 +26,8 @@ import torch
 
 from ...data import ROW, CausalLMCollator, take_rows
 from ...errors import DataError, UnsupportedError
-from ...gradients import DPOTask, PairTask, task_for
+from ...gradients import DPOTask, HeadTask, PairTask, RowLossTask, task_for
+from ...gradients.selection import HEADS
 from ..checks import drops
 from ..models import predicted_labels
 from ..optimizers import OptimizerDescription, build_optimizer
@@ -85,10 +86,10 @@ def replay(
     stage.load_weights(model, "initial")
     rows = _RowReader(stage, dataset, data_collator)
     mask = _checked_mask(row_mask, stage.num_rows)
-    pairs = task_for(stage) if stage.loss["kind"] in ("reward", "dpo") else None
-    if isinstance(pairs, DPOTask):
-        rows.dataset = pairs.with_reference(rows.dataset, model, stage)
-    collator = pairs.collator(None) if pairs else data_collator or _default_collator(stage)
+    task = task_for(stage) if stage.loss["kind"] in ("reward", "dpo", *HEADS) else None
+    if isinstance(task, DPOTask):
+        rows.dataset = task.with_reference(rows.dataset, model, stage)
+    collator = _collator(stage, task, data_collator)
     description = OptimizerDescription.from_dict(stage.optimizer)
     trained = _trained_parameters(stage, model)
     optimizer = build_optimizer(description, trained)
@@ -107,7 +108,7 @@ def replay(
         for batch in steps.micro_batches[index] if not steps.skipped[index] else ():
             kept = _kept(stage, rows, batch, mask)
             if kept:
-                _backward(stage, model, collator(kept), batch, scale, pairs)
+                _backward(stage, model, collator(kept), batch, scale, task)
         if not steps.skipped[index]:
             _scale_gradients(trained, 1 / scale, float(steps.clip_factor[index]), masked=mask is not None)
             optimizer.step()
@@ -146,14 +147,14 @@ def _backward(
     inputs: Mapping[str, Any],
     batch: MicroBatch,
     scale: float,
-    pairs: PairTask | None,
+    task: RowLossTask | None,
 ) -> None:
     """Add the micro-batch's gradient: of its summed loss divided by the recorded normalizer, times `scale`."""
     device = next(model.parameters()).device
     inputs = {key: value.to(device) for key, value in inputs.items() if key != ROW}
-    if pairs is not None:
+    if task is not None:
         with _autocast(stage, device):
-            losses = pairs.row_losses(pairs.forward(model, inputs), inputs["labels"])
+            losses = task.row_losses(task.forward(model, inputs), task.labels(inputs))
         (losses.sum() / batch.normalizer * scale).backward()
         return
     tokens = stage.loss["normalization"] == "tokens"
@@ -226,6 +227,16 @@ _RIGHT_PADDING = {
 """Collators that pad rows to the right and change nothing else."""
 
 
+def _collator(stage: StageRecord, task: RowLossTask | None, given: Any) -> Callable[[list], Mapping[str, Any]]:
+    """What makes a batch of rows: the task's own way for pairs and heads, where no other is given."""
+    if isinstance(task, PairTask):
+        return task.collator(None)
+    if not isinstance(task, HeadTask):
+        return given or _default_collator(stage)
+    collator, columns = given or task.collator(stage.record.processing_class()), task.columns
+    return lambda rows: collator([{k: v for k, v in row.items() if columns is None or k in columns} for row in rows])
+
+
 def _default_collator(stage: StageRecord) -> CausalLMCollator:
     recorded = stage.collator["class"]
     if recorded not in _RIGHT_PADDING:
@@ -271,7 +282,7 @@ class _RowReader:
             features.pop(ROW, None)
             if self._tokens < _CACHED_TOKENS:
                 self._cache[row] = {k: torch.tensor(v) if _is_tokens(v) else v for k, v in features.items()}
-                self._tokens += len(features.get("input_ids", ()))
+                self._tokens += len(features.get("input_ids", range(1000)))
         return [self._cache.get(row) or fetched[row] for row in rows]
 
 

@@ -23,8 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from ...data import ROW, TRAINED_COLUMNS, dataset_digest
+from ...data import ROW, TOKENS, TRAINED_COLUMNS, dataset_digest
 from ...gradients.preference import REFERENCE
+from ..heads import HEAD
 from ..writer import RecordWriter, atomic_write
 from .numbering import RowDataset
 from .streamed import read_stream_rows
@@ -54,9 +55,9 @@ def write_rows(dataset: Any, writer: RecordWriter, store: bool = True) -> None:
     if is_stream(dataset):
         return
     if store and isinstance(dataset, RowDataset):
-        tables: Iterable[pa.Table] = _tables(dataset)
+        tables: Iterable[pa.Table] = _tables(dataset, writer.stage["loss"]["kind"] == HEAD)
     elif isinstance(dataset, datasets.Dataset):
-        prepared = any(name in dataset.column_names for name in TRAINED_COLUMNS)
+        prepared = any(name in dataset.column_names for name in TOKENS) and writer.stage["loss"]["kind"] != HEAD
         # Rows that the collator tokenises (sentence-transformers) are stored as they are.
         columns = [name for name in dataset.column_names if not prepared or name in _COLUMNS]
         columns = columns if store else [ROW]
@@ -78,10 +79,10 @@ def write_rows(dataset: Any, writer: RecordWriter, store: bool = True) -> None:
     writer.list_file(ROWS_FILE)
 
 
-def _tables(dataset: RowDataset) -> Iterator[pa.Table]:
+def _tables(dataset: RowDataset, whole: bool) -> Iterator[pa.Table]:
     for start in range(0, len(dataset), _BATCH):
         rows = [dataset[index] for index in range(start, min(start + _BATCH, len(dataset)))]
-        part = rows_dataset({name: row[name] for name in _COLUMNS if name in row} for row in rows)
+        part = rows_dataset(row if whole else {name: row[name] for name in _COLUMNS if name in row} for row in rows)
         yield part.data.table
 
 
@@ -121,7 +122,7 @@ def is_given(dataset: datasets.Dataset, stage: "StageRecord") -> bool:
 
 
 def rows_dataset(rows: Iterable[Mapping[str, Any]]) -> datasets.Dataset:
-    """Rows from anywhere as a dataset in memory: numbers, texts, and lists of them; other columns are left out."""
+    """Rows from anywhere as a dataset in memory: numbers, texts, and lists of them; others are left out."""
     tables, rows = [], iter(rows)
     while batch := list(islice(rows, _BATCH)):
         plain = [{name: _plain(value) for name, value in row.items()} for row in batch]
@@ -134,5 +135,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
         value = value.tolist()
     simple = (bool, int, float, str)
-    listed = isinstance(value, (list, tuple)) and all(isinstance(item, simple) for item in value)
-    return value if isinstance(value, simple) or listed else None
+    if isinstance(value, (list, tuple)):
+        items = [_plain(item) for item in value]
+        return None if any(item is None for item in items) else items
+    return value if isinstance(value, simple) else None

@@ -1,0 +1,128 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Tiny models with heads, and rows for them, that tests of several areas share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
+
+from hf_source import SourceTrainer, TrainingRecord
+
+from .cases import config
+
+
+def tiny_bert(cls: type = BertForSequenceClassification, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    """A BERT of one layer of width 8, without dropout."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    words = {"vocab_size": 20, "max_position_embeddings": 12, "pad_token_id": 0}
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.3}
+    return cls(BertConfig(**sizes | words | off | settings)).to(dtype)
+
+
+def tiny_vit(dtype: torch.dtype = torch.float32) -> ViTForImageClassification:
+    """A vision transformer of one layer for images of 4 by 4 pixels."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    image = {"image_size": 4, "patch_size": 2, "num_channels": 1, "num_labels": 3}
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.3}
+    return ViTForImageClassification(ViTConfig(**sizes | image | off)).to(dtype)
+
+
+class Perceptron(nn.Module):
+    """A model of one's own, which knows nothing of transformers; its loss is the head's."""
+
+    def __init__(self, outputs: int = 1, loss: nn.Module | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, outputs))
+        self.loss = loss or nn.MSELoss()
+
+    def forward(self, features, labels=None):
+        predictions = self.layers(features)
+        predictions = predictions.squeeze(-1) if predictions.shape[-1] == 1 else predictions
+        return (predictions,) if labels is None else (self.loss(predictions, labels), predictions)
+
+
+def texts(labels: Callable[[torch.Tensor], Any], num_rows: int = 12) -> Dataset:
+    """Rows of five tokens; `labels` makes a row's label of them, every fifth one is wrong."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 20, (num_rows, 5), generator=generator)
+    source = [ids[(i + 1) % num_rows] if i % 5 == 0 else row for i, row in enumerate(ids)]
+    return Dataset.from_dict({"input_ids": ids.tolist(), "labels": [labels(row) for row in source]})
+
+
+def _images() -> Dataset:
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(12, 1, 4, 4, generator=generator)
+    labels = [int(image.sum() > 0) + int(image[0, 0, 0] > 1) for image in pixels]
+    return Dataset.from_dict({"pixel_values": pixels.tolist(), "label": labels})
+
+
+def _points(labels: Callable[[torch.Tensor], Any]) -> Dataset:
+    features = torch.randn(12, 3, generator=torch.Generator().manual_seed(1))
+    return Dataset.from_dict({"features": features.tolist(), "labels": [labels(row) for row in features]})
+
+
+@dataclass(frozen=True)
+class Head:
+    """A model, its rows, and the kind that the recorder must find."""
+
+    model: Callable[[torch.dtype], nn.Module]
+    rows: Callable[[], Dataset]
+    kind: str
+    own: bool = False
+
+
+HEADS = {
+    "single": Head(
+        lambda d: tiny_bert(dtype=d, num_labels=3), lambda: texts(lambda r: int(r[0]) % 3), "classification"
+    ),
+    "multi": Head(
+        lambda d: tiny_bert(dtype=d, num_labels=3, problem_type="multi_label_classification"),
+        lambda: texts(lambda r: [float(r[0] > 9), float(r[1] > 9), float(r[2] > 9)]),
+        "multi_label",
+    ),
+    "regression": Head(
+        lambda d: tiny_bert(dtype=d, num_labels=1), lambda: texts(lambda r: float(r[0]) / 9), "regression"
+    ),
+    "image": Head(tiny_vit, _images, "classification"),
+    "own-regression": Head(
+        lambda d: Perceptron().to(d), lambda: _points(lambda r: float(r[0] * r[1])), "regression", own=True
+    ),
+    "own-classes": Head(
+        lambda d: Perceptron(3, nn.CrossEntropyLoss()).to(d),
+        lambda: _points(lambda r: int(r[0] > 0) + int(r[1] > 0)),
+        "classification",
+        own=True,
+    ),
+}
+
+
+def train_head(folder: Path, name: str, **settings: Any) -> TrainingRecord:
+    """Train a tiny model with the named head by a real `SourceTrainer`, 24 steps of SGD on 12 rows."""
+    head = HEADS[name]
+    common = {"per_device_train_batch_size": 4, "num_train_epochs": 8, "gradient_accumulation_steps": 1}
+    plain = {"optim": "sgd", "learning_rate": 0.05, "weight_decay": 0.0, "max_grad_norm": 0.0, "num_segments": 4}
+    trainer = SourceTrainer(
+        head.model(torch.float32), config(folder, **common | plain | settings), train_dataset=head.rows()
+    )
+    trainer.train()
+    return TrainingRecord.load(folder / "record")
