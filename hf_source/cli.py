@@ -69,7 +69,27 @@ class CurvatureName(StrEnum):
     exact = "exact"
 
 
+class EnsembleName(StrEnum):
+    """`--ensemble`."""
+
+    independent = "independent"
+    dropout = "dropout"
+    lora = "lora"
+
+
 Record = Annotated[str, typer.Argument(help="Folder of the training record, or its id on the Hub.")]
+Runs = Annotated[
+    list[str] | None,
+    typer.Option("--run", help="Record of another run of the same stages with another seed; repeatable: an ensemble."),
+]
+Ensemble = Annotated[
+    EnsembleName | None,
+    typer.Option(help="Average over models: the runs, dropout masks, or briefly tuned LoRA adapters.",
+                 show_default="independent with --run"),
+]  # fmt: skip
+EnsembleSize = Annotated[
+    int | None, typer.Option(help="Dropout masks or adapters of each run.", show_default="10 masks, 3 adapters")
+]
 QueriesFile = Annotated[
     Path | None,
     typer.Option("--queries", "-q", help="JSON Lines (or csv, parquet) with prompt, completion and optional name."),
@@ -169,7 +189,7 @@ def generate(
             raise ConfigError("There is no prompt: give --prompt (repeatable) or --prompts-file.")
         if out.suffix != ".jsonl":
             raise ConfigError(f"--out {out}: end the name in .jsonl, so that --queries can read it.")
-        queries = _attributor(record, None, [], {}).generate(prompts, max_new_tokens=max_new_tokens)
+        queries = _attributor([record], None, [], {}).generate(prompts, max_new_tokens=max_new_tokens)
         out.parent.mkdir(parents=True, exist_ok=True)
         queries.to_dataset().to_json(str(out))
         for _, text, completion in queries:
@@ -188,13 +208,17 @@ def plan(
     method: MethodOption = None,
     curvature: CurvatureOption = None,
     num_samples: NumSamples = None,
+    run: Runs = None,
+    ensemble: Ensemble = None,
+    ensemble_size: EnsembleSize = None,
     max_new_tokens: MaxNewTokens = 32,
     recipe: Recipe = None,
     settings: Settings = None,
 ) -> None:
     """Tell passes, time and memory of an attribution before it runs."""
     with friendly_errors():
-        attributor = _attributor(record, recipe, settings, _named(method, curvature, num_samples))
+        named = _named(method, curvature, num_samples, ensemble, ensemble_size)
+        attributor = _attributor([record, *(run or [])], recipe, settings, named)
         asked = _queries(attributor, queries, prompt, completion, max_new_tokens)
         typer.echo(str(attributor.plan(_rows(dataset), asked, stage)))
 
@@ -211,18 +235,23 @@ def attribute(
     method: MethodOption = None,
     curvature: CurvatureOption = None,
     num_samples: NumSamples = None,
+    run: Runs = None,
+    ensemble: Ensemble = None,
+    ensemble_size: EnsembleSize = None,
     max_new_tokens: MaxNewTokens = 32,
+    std: Annotated[bool, typer.Option("--std", help="Also say how far an ensemble's members differ.")] = False,
     recipe: Recipe = None,
     settings: Settings = None,
 ) -> None:
     """Score every row of a stage, and write the rows with one column per query."""
     with friendly_errors():
+        named = _named(method, curvature, num_samples, ensemble, ensemble_size)
         writers = {".parquet": "to_parquet", ".csv": "to_csv", ".jsonl": "to_json"}
         if out.suffix not in writers:
             raise ConfigError(f"--out {out}: end the name in {', '.join(writers)}.")
-        attributor = _attributor(record, recipe, settings, _named(method, curvature, num_samples))
+        attributor = _attributor([record, *(run or [])], recipe, settings, named)
         asked = _queries(attributor, queries, prompt, completion, max_new_tokens)
-        scored = attributor.attribute(_rows(dataset), asked, stage)
+        scored = attributor.attribute(_rows(dataset), asked, stage, std=std)
         out.parent.mkdir(parents=True, exist_ok=True)
         getattr(scored, writers[out.suffix])(str(out))
         from .outputs.tables import describe_columns
@@ -244,19 +273,23 @@ def top(
     method: MethodOption = None,
     curvature: CurvatureOption = None,
     num_samples: NumSamples = None,
+    run: Runs = None,
+    ensemble: Ensemble = None,
+    ensemble_size: EnsembleSize = None,
     max_new_tokens: MaxNewTokens = 32,
     recipe: Recipe = None,
     settings: Settings = None,
 ) -> None:
     """Show the rows of every stage that support or oppose what was said most."""
     with friendly_errors():
+        named = _named(method, curvature, num_samples, ensemble, ensemble_size)
         from rich.console import Console
 
         from .attribution.methods import METHODS
         from .outputs.page import write_page
         from .outputs.tables import print_top
 
-        attributor = _attributor(record, recipe, settings, _named(method, curvature, num_samples))
+        attributor = _attributor([record, *(run or [])], recipe, settings, named)
         asked = _queries(attributor, queries, prompt, completion, max_new_tokens)
         table = attributor.top(asked, k=k, opposing=opposing)
         unit = "nats" if METHODS[attributor.method].nats else ""
@@ -266,19 +299,26 @@ def top(
             typer.echo(f"Wrote {out}.")
 
 
-def _named(method: Method | None, curvature: CurvatureName | None, num_samples: int | None) -> dict[str, Any]:
+def _named(
+    method: Method | None,
+    curvature: CurvatureName | None,
+    num_samples: int | None,
+    ensemble: EnsembleName | None,
+    ensemble_size: int | None,
+) -> dict[str, Any]:
     """The options that were given."""
     named = {"method": method and method.value, "curvature": curvature and curvature.value, "num_samples": num_samples}
+    named |= {"ensemble": ensemble and ensemble.value, "ensemble_size": ensemble_size}
     return {key: value for key, value in named.items() if value is not None}
 
 
-def _attributor(record: str, recipe: Path | None, overrides: list[str] | None, named: dict[str, Any]) -> Any:
+def _attributor(records: list[str], recipe: Path | None, overrides: list[str] | None, named: dict[str, Any]) -> Any:
     """The attributor, with settings from the recipe, then the options given on the command line, then `--set`."""
     import inspect
     from dataclasses import fields
 
     from . import SourceAttributor
-    from .attribution import METHODS
+    from .attribution import ENSEMBLES, METHODS
     from .recipes import apply_override, read_settings
 
     settings = {**(read_settings(recipe) if recipe is not None else {}), **named}
@@ -288,8 +328,11 @@ def _attributor(record: str, recipe: Path | None, overrides: list[str] | None, n
     parameters = inspect.signature(SourceAttributor.__init__).parameters.values()
     known = {p.name: p.default for p in parameters if isinstance(p.default, (str, int))}
     method = METHODS.get(str(settings.get("method", known["method"])))
-    own = fields(method.options) if method is not None else ()
-    known |= {field.name: field.default for field in own if isinstance(field.default, (str, int, float))}
+    ensemble = ENSEMBLES.get(str(settings.get("ensemble")))
+    own = [field for owner in (method, ensemble) if owner is not None for field in fields(owner.options)]
+    examples = {field.name: field.metadata.get("example", field.default) for field in own}
+    known |= {name: example for name, example in examples.items() if isinstance(example, (str, int, float))}
+    known |= {"ensemble": "dropout", "ensemble_size": 10}
     for key, value in settings.items():
         if key not in known:
             raise ConfigError(
@@ -297,7 +340,7 @@ def _attributor(record: str, recipe: Path | None, overrides: list[str] | None, n
             )
         if type(value) is not type(known[key]) and not (type(known[key]) is float and type(value) is int):
             raise ConfigError(f"{key}={value!r} should be of type {type(known[key]).__name__}, e.g. {known[key]!r}.")
-    return SourceAttributor.from_record(record, **settings)
+    return SourceAttributor.from_record(records, **settings)
 
 
 def _queries(

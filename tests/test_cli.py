@@ -26,7 +26,7 @@ from hf_source import Queries, SourceAttributor, TrainingRecord
 from hf_source.cli import app
 
 from .cases import byte_tokenizer
-from .story import chats, facts
+from .story import chats, facts, tell
 
 
 COMMANDS = ("demo", "train", "generate", "plan", "attribute", "top", "record")
@@ -439,3 +439,24 @@ def test_numbers_and_words_of_a_recipe(recipe, tmp_path):
 
 def test_markup_in_an_error_is_shown_literally(record, tmp_path):
     assert "There is no file [bold]x[/bold].jsonl" in refused("plan", record, "-q", "[bold]x[/bold].jsonl")
+
+
+# ---- ensembles -----------------------------------------------------------------------------------------------------
+
+
+def test_ensembles_from_the_command_line(record, queries_file, tmp_path):
+    other = tell(tmp_path, seed=1)
+    out = tmp_path / "scored.parquet"
+    said = run("attribute", record, "--run", other.path, "-q", queries_file, "--stage", "pretrain", *FEW, "-o", out,
+               "--std")  # fmt: skip
+    assert "Scores are means over 2 independently trained models." in said
+    scored = load_dataset("parquet", data_files=str(out), split="train")
+    assert np.asarray(scored["source_lima_std"]).max() > 0
+    masks = ["--ensemble", "dropout", "--ensemble-size", "3", "--set", "dropout=0.1", "--method", "grad-dot"]
+    out = run("plan", record, *ASKED, *FEW, "--stage", "pretrain", *masks)
+    assert "3 members, one after another" in out
+    said = run("top", record, *ASKED, *FEW, *masks, "-k", "1")
+    assert "Scores are means over 3 dropout masks of the model." in " ".join(said.split())
+    assert "dropout=0.1" in refused("top", record, *ASKED, *FEW, "--ensemble", "dropout")
+    assert "'dropout' is not a setting" in refused("top", record, *ASKED, "--set", "dropout=0.1")
+    assert "should be of type int" in refused("top", record, *ASKED, "--ensemble", "lora", "--set", "lora_steps=often")

@@ -14,10 +14,11 @@
 """From a record and a text to scores of every training row."""
 
 from .attributor import SourceAttributor
+from .ensembles import ENSEMBLES
 from .methods import METHODS
 from .plan import Plan
 from .queries import Queries
 from .rows import StageRows
 
 
-__all__ = ["METHODS", "Plan", "Queries", "SourceAttributor", "StageRows"]
+__all__ = ["ENSEMBLES", "METHODS", "Plan", "Queries", "SourceAttributor", "StageRows"]

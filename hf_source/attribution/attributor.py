@@ -52,6 +52,7 @@ from ..recording import StageRecord, TrainingRecord
 from ..recording.quantized import keep_differentiable
 from ..recording.reading.assumed import visits_note
 from ..source import WalkSettings, self_influence
+from .ensembles import ENSEMBLES, check_agreement, make_ensemble, split_settings
 from .methods import METHODS
 from .plan import Plan, make_plan
 from .queries import Queries
@@ -68,7 +69,7 @@ class SourceAttributor:
     positive, the row supports the completion; negative, it opposes it. Scores add over rows, segments and stages.
 
     Args:
-        record: what training left behind.
+        record: what training left behind; several records of runs with other seeds are an ensemble.
         method: one of `hf_source.attribution.METHODS`.
         curvature: `"joint"` (all layers at once), `"ekfac"` (the paper's, whitened by the optimizer), `"ekfac-hybrid"`
             (the paper's form for Adam), `"diagonal"`, `"identity"`, `"exact"` (tiny models).
@@ -90,15 +91,21 @@ class SourceAttributor:
         seed: of the sampled rows and labels.
         accelerator: places the model and shares rows among processes.
         progress: show progress bars (main process only).
-        options: settings of the method, e.g. `draws=4` with `method="stepwise"`; see `METHODS[method].options`.
+        ensemble: average over models: `"independent"` (several records), `"dropout"` (masks of each record's model) or
+            `"lora"` (adapters fine-tuned from it); see `hf_source.attribution.ensembles`.
+        ensemble_size: members that dropout or LoRA make of each record; 10 masks or 3 adapters by default.
+        options: settings of the method, e.g. `draws=4` with `method="stepwise"` (`METHODS[method].options`), and of
+            the ensemble, e.g. `dropout=0.1` (`ENSEMBLES[ensemble].options`).
 
     Raises:
-        ConfigError: if `method`, `curvature` or a setting is unknown, or a task lacks a method.
+        ConfigError: if `method`, `curvature` or a setting is unknown, a task lacks a method, or the records of an
+            ensemble do not belong together.
+        DataError: if they were trained on other rows.
     """
 
     def __init__(
         self,
-        record: TrainingRecord,
+        record: TrainingRecord | Sequence[TrainingRecord],
         *,
         method: str = "source",
         curvature: str = "joint",
@@ -116,17 +123,25 @@ class SourceAttributor:
         seed: int = 0,
         accelerator: Accelerator | None = None,
         progress: bool = True,
+        ensemble: str | None = None,
+        ensemble_size: int | None = None,
         **options: Any,
     ) -> None:
         if method not in METHODS:
             raise ConfigError(f"method={method!r} is unknown; choose one of {', '.join(sorted(METHODS))}.")
         if num_samples < 1:
             raise ConfigError(f"num_samples={num_samples}: at least one sampled gradient is needed (1024 is usual).")
-        self.record = record
-        self.note = visits_note(record.stages)
+        records = [record] if isinstance(record, TrainingRecord) else list(record)
+        if not records:
+            raise ConfigError("There is no record: give one, or several runs of the same stages with other seeds.")
+        check_agreement(records)
+        self.record = records[0]
+        self.note = visits_note([stage for each in records for stage in each.stages])
         if self.note:
             logger.warning(self.note)
         self.method = method
+        ensemble = ensemble or ("independent" if len(records) > 1 else None)
+        of_ensemble, options = split_settings(options, ensemble, ENSEMBLES)
         self.options = METHODS[method].make_options(method, options, METHODS)
         self._given = {
             "curvature": curvature,
@@ -161,23 +176,34 @@ class SourceAttributor:
         self.accelerator = accelerator or Accelerator()
         self.device = self.accelerator.device
         self.show_progress = progress
-        self.processing_class = record.processing_class()
+        self.processing_class = self.record.processing_class()
         self._make_model = model
         self._datasets: dict[str, Dataset] = {}
         self._rows: dict[str, StageRows] = {}
         self._walked: dict[str, dict[str, np.ndarray]] = {}
         self._walks: dict[str, Any] = {}
+        # What a member of an ensemble changes of a model, and the parameters it chooses at the final weights.
+        self._change_model: Callable[[nn.Module, StageRecord], None] | None = None
+        self._choose_parameters: Callable[[nn.Module, list[str]], list[str]] | None = None
         for name, dataset in (datasets or {}).items():
             self.set_dataset(name, dataset)
+        self.ensemble = make_ensemble(self, records, ensemble, ensemble_size, of_ensemble, ENSEMBLES)
+        if self.ensemble is not None:
+            self.note = "\n".join(part for part in (self.note, self.ensemble.note) if part)
 
     @classmethod
-    def from_record(cls, path: str | Path, **settings: Any) -> "SourceAttributor":
+    def from_record(cls, path: str | Path | Sequence[str | Path], **settings: Any) -> "SourceAttributor":
         """Open a record directory, or a record on the Hub, with the settings of the class.
+
+        Args:
+            path: of the record; several make an ensemble of runs with other seeds. Text is generated by the first.
+            settings: see the class.
 
         Raises:
             RecordError: if the record is missing, torn or incomplete.
         """
-        return cls(TrainingRecord.load(path), **settings)
+        paths = [path] if isinstance(path, (str, Path)) else path
+        return cls([TrainingRecord.load(each) for each in paths], **settings)
 
     def like(self, **changes: Any) -> "SourceAttributor":
         """Another attributor of the same record and datasets, with some settings changed.
@@ -190,7 +216,10 @@ class SourceAttributor:
         same = changes.get("method", self.method) == self.method
         own = {field.name: getattr(self.options, field.name) for field in fields(self.options)} if same else {}
         given = {"method": self.method, "datasets": self._datasets, **self._given, **own}
-        return type(self)(self.record, **{**given, **changes})
+        records = self.record if self.ensemble is None else self.ensemble.records
+        if self.ensemble is not None and changes.get("ensemble", self.ensemble.name) == self.ensemble.name:
+            given |= self.ensemble.settings()
+        return type(self)(records, **{**given, **changes})
 
     def settings(self) -> dict[str, Any]:
         """What scores depend on besides the record and the draws of a seed, JSON-able.
@@ -204,6 +233,8 @@ class SourceAttributor:
             common["measurement"] = describe_measurement(self._measurement)
         named = {"task": self._task, "data_collator": self.data_collator}
         objects = {key: str(type(value).__qualname__) for key, value in named.items() if value is not None}
+        if self.ensemble is not None:
+            common |= {"records": len(self.ensemble.records), **self.ensemble.settings()}
         return json.loads(json.dumps({"method": self.method, **common, **own, **objects}, default=str))
 
     def trust(self, stages: Iterable[str] | None = None) -> str:
@@ -295,7 +326,14 @@ class SourceAttributor:
             model = self._make_model(stage)
             stage.load_weights(model, "final")
             keep_differentiable(model)
-        return model.to(self.device, self.dtype).eval()
+        model = model.to(self.device, self.dtype).eval()
+        if self._change_model is not None:
+            self._change_model(model, stage)
+        return model
+
+    def final_parameters(self, model: nn.Module, recorded: list[str]) -> list[str]:
+        """Parameters compared by a method at the final weights: the recorded ones, or those of a member's adapter."""
+        return recorded if self._choose_parameters is None else self._choose_parameters(model, recorded)
 
     @property
     def context_length(self) -> int | None:
@@ -468,8 +506,41 @@ class SourceAttributor:
         queries = self.encode(queries)
         return rows.as_given(self._stage_scores(record, queries))
 
+    def scores_std(
+        self, dataset: Dataset | None, queries: Queries, stage: str | None = None, of_mean: bool = False
+    ) -> np.ndarray:
+        """How far the members of the ensemble differ about each score: their standard deviation.
+
+        What another member would have said is about this far from `scores`. After `scores` it costs nothing more.
+
+        Args:
+            dataset, queries, stage: see `scores`.
+            of_mean: the standard error of the mean instead, `std / sqrt(members)`: how far `scores` is from what
+                infinitely many members of this kind would give.
+
+        Returns:
+            float32 `[queries, rows]`, in the unit of the scores.
+
+        Raises:
+            ConfigError: if there is no ensemble, or only one member.
+        """
+        self._require_members()
+        record = self.record.stage(stage)
+        rows = self.rows(record) if dataset is None else self.set_dataset(record.name, dataset)
+        std = self.ensemble.moments(record, self.encode(queries)).std()
+        return rows.as_given((std / self.ensemble.size**0.5 if of_mean else std).astype(np.float32))
+
+    def _require_members(self) -> None:
+        if self.ensemble is None or self.ensemble.size < 2:
+            raise ConfigError(
+                "A standard deviation needs at least two members: give several records, or `ensemble='dropout'` or "
+                "'lora' with `ensemble_size=`."
+            )
+
     def self_influence(self, dataset: Dataset | None = None, stage: str | None = None) -> np.ndarray:
         """Influence of every row on its own loss, at the cost of a few passes (see `source/self_influence.py`).
+
+        Of an ensemble, the mean over its members.
 
         Rows that no other row supports come first: mislabelled, rare and memorised ones.
 
@@ -491,6 +562,9 @@ class SourceAttributor:
         self.record.require_complete()
         record = self.record.stage(stage)
         rows = self.rows(record) if dataset is None else self.set_dataset(record.name, dataset)
+        if self.ensemble is not None:
+            parts = (member.self_influence(dataset, record.name) for member in self.ensemble.members())
+            return (sum(parts) / self.ensemble.size).astype(np.float32)
         gradients = RowGradients(self.build_model(record), rows.task, record.trainable)
         rows.prepare(gradients)
         gradients.check(rows.collated(rows.shortest(2), self.device))
@@ -514,6 +588,8 @@ class SourceAttributor:
 
     def _stage_scores(self, stage: StageRecord, queries: Queries) -> np.ndarray:
         """Scores by row number. The walk stops where it is and goes on when an earlier stage is asked for."""
+        if self.ensemble is not None:
+            return self.ensemble.moments(stage, queries).mean.astype(np.float32)
         self.record.require_complete()
         key = json.dumps(queries.rows, sort_keys=True)
         if key not in self._walks:
@@ -534,13 +610,19 @@ class SourceAttributor:
         return found[stage.name]
 
     def attribute(
-        self, dataset: Dataset | None, queries: Queries, stage: str | None = None, return_scores: bool = False
+        self,
+        dataset: Dataset | None,
+        queries: Queries,
+        stage: str | None = None,
+        return_scores: bool = False,
+        std: bool = False,
     ) -> Dataset | np.ndarray:
         """Scores as columns of the dataset they belong to.
 
         Args:
             dataset, queries, stage: see `scores`.
             return_scores: give the raw array instead.
+            std: of an ensemble, also the columns `source_<name>_std` (see `scores_std`).
 
         Returns:
             The dataset with `source_row` (int64, the row's number in training) and one float32 column
@@ -553,11 +635,15 @@ class SourceAttributor:
         record = self.record.stage(stage)
         rows = self.rows(record) if dataset is None else self.set_dataset(record.name, dataset)
         if not return_scores:
-            check_names(rows.given, queries.names)
+            check_names(rows.given, queries.names, std)
+        if std:
+            self._require_members()
         scores = self.scores(dataset, queries, stage)
         if return_scores:
             return scores
-        return with_note(add_score_columns(rows.given, scores, queries.names), self._notes([record.name]))
+        spread = self.scores_std(dataset, queries, stage) if std else None
+        columns = add_score_columns(rows.given, scores, queries.names, spread)
+        return with_note(columns, self._notes([record.name]))
 
     def top(
         self, queries: Queries, k: int = 10, opposing: bool = True, stages: Iterable[str] | None = None
@@ -589,7 +675,8 @@ class SourceAttributor:
         record = self.record.stage(stage) if stage or len(self.record.stages) == 1 else self.record.stages[0]
         if dataset is not None:
             self.set_dataset(record.name, dataset)
-        return make_plan(self, self.encode(queries), record)
+        plan = make_plan(self, self.encode(queries), record)
+        return plan if self.ensemble is None else self.ensemble.plan(plan)
 
     # ---- small services for the methods ------------------------------------------------------------------------
 

@@ -62,6 +62,8 @@ class Plan:
         seconds: predicted wall time, from a calibration pass over a few rows.
         memory: bytes held at the peak, by what holds them.
         disk: bytes read from the record.
+        members: of the ensemble, one after another; `seconds` and `disk` are those of all, `stages` those of each.
+        training_tokens: that each member trains on first.
     """
 
     method: str
@@ -72,6 +74,8 @@ class Plan:
     seconds: float
     memory: dict[str, int] = field(default_factory=dict)
     disk: int = 0
+    members: int = 1
+    training_tokens: int = 0
 
     @property
     def peak_memory(self) -> int:
@@ -81,6 +85,9 @@ class Plan:
     def __str__(self) -> str:
         how = f"{self.method} ({self.curvature})" if self.method in CURVED else self.method
         lines = [f"{how}: {self.num_queries} queries, {self.num_parameters:,} parameters"]
+        if self.members > 1:
+            first = f", after training on {self.training_tokens:,} tokens" if self.training_tokens else ""
+            lines.append(f"  {self.members} members, one after another, each{first}:")
         for stage in self.stages:
             lines.append(
                 f"  walk and score {stage.name!r}: {stage.num_rows:,} rows, {stage.num_segments} segments, "

@@ -23,6 +23,7 @@ from datasets import Dataset
 from ..data import ROW, take_rows
 from ..errors import DataError, UnsupportedError
 from ..gradients import CausalLMTask, PairTask, RowGradients, RowLossTask, Task
+from ..gradients.changes import without_changes
 from ..recording import StageRecord
 from ..recording.rows.matching import match_rows
 from ..recording.rows.packing import split
@@ -133,9 +134,10 @@ class StageRows:
         Raises:
             UnsupportedError: if the rows' losses do not add up to the loss that was trained.
         """
-        if isinstance(self.task, RowLossTask):
-            self.task.prepare(gradients.model, self)
-        self._check_first_loss(gradients)
+        with without_changes():
+            if isinstance(self.task, RowLossTask):
+                self.task.prepare(gradients.model, self)
+            self._check_first_loss(gradients)
 
     def _check_first_loss(self, gradients: RowGradients) -> None:
         trained = self.stage.loss.get("first_micro_batch")

@@ -32,7 +32,12 @@ def column_name(query: str) -> str:
     return PREFIX + query
 
 
-def check_names(dataset: Dataset, names: Sequence[str]) -> None:
+def std_name(query: str) -> str:
+    """The column of how far an ensemble's members differ about the query's scores."""
+    return f"{column_name(query)}_std"
+
+
+def check_names(dataset: Dataset, names: Sequence[str], std: bool = False) -> None:
     """Refuse query names whose column the dataset already has, before any score is computed.
 
     Raises:
@@ -40,14 +45,18 @@ def check_names(dataset: Dataset, names: Sequence[str]) -> None:
     """
     taken = set(dataset.column_names) | {ROW}
     for name in names:
-        if column_name(name) in taken:
-            raise DataError(
-                f"Query name {name!r} would need column {column_name(name)!r}, which the dataset has already: rename "
-                "the query, or drop the column with `dataset.remove_columns`."
-            )
+        for column in (column_name(name), std_name(name))[: 1 + std]:
+            if column in taken:
+                raise DataError(
+                    f"Query name {name!r} would need column {column!r}, which the dataset has already: rename the "
+                    "query, or drop the column with `dataset.remove_columns`."
+                )
+            taken.add(column)
 
 
-def add_score_columns(dataset: Dataset, scores: np.ndarray, names: Sequence[str]) -> Dataset:
+def add_score_columns(
+    dataset: Dataset, scores: np.ndarray, names: Sequence[str], std: np.ndarray | None = None
+) -> Dataset:
     """The dataset with `source_row` and one float32 column per query.
 
     Columns are made of Arrow arrays that share the scores' memory; no Python list is built.
@@ -56,18 +65,20 @@ def add_score_columns(dataset: Dataset, scores: np.ndarray, names: Sequence[str]
         dataset: rows.
         scores: float32 `[queries, rows]` in the dataset's order.
         names: of the queries.
+        std: like the scores, for a column `source_<name>_std` beside each.
 
     Raises:
         DataError: if a column exists already.
     """
-    check_names(dataset, names)
+    check_names(dataset, names, std is not None)
     arrays, fields = [], []
     if ROW not in dataset.column_names:
         arrays.append(pa.array(np.arange(len(dataset), dtype=np.int64)))
         fields.append(ROW)
-    for name, values in zip(names, np.ascontiguousarray(scores, dtype=np.float32), strict=True):
-        arrays.append(pa.array(values))
-        fields.append(column_name(name))
+    columns = [np.ascontiguousarray(part, dtype=np.float32) for part in (scores, std) if part is not None]
+    for name, *values in zip(names, *columns, strict=True):
+        arrays += map(pa.array, values)
+        fields += [column_name(name), std_name(name)][: len(values)]
     return concatenate_datasets([dataset, Dataset(pa.table(arrays, names=fields))], axis=1)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from ...gradients import DPOTask, RowGradients
+from ...gradients.changes import without_changes
 from ...recording import StageRecord
 from ...source import score_rows
 from ..queries import Queries
@@ -79,14 +80,15 @@ def stages_at_end(attributor: "SourceAttributor") -> Iterator[tuple[StageRecord,
     names = {last.canonical_name(name): name for name, _ in model.named_parameters()}
     for stage in reversed(attributor.record.stages):
         own = [stage.canonical_name(name) for name in stage.trainable]
-        trained = [names[name] for name in own if name in names]
+        trained = attributor.final_parameters(model, [names[name] for name in own if name in names])
         rows = attributor.rows(stage)
         gradients = RowGradients(model, rows.task, trained)
         if stage is last:
             rows.prepare(gradients)
             last.load_weights(model, "final")
         elif isinstance(rows.task, DPOTask):
-            rows.task.prepare(attributor.build_model(stage), rows)
+            with without_changes():
+                rows.task.prepare(attributor.build_model(stage), rows)
         gradients.check(rows.collated(rows.shortest(2), attributor.device))
         yield stage, rows, gradients
 
