@@ -16,11 +16,12 @@
 `DenseProjection` multiplies the gradient of all parameters with one random matrix, whose blocks are drawn anew from
 their seed whenever they are needed: what is held is one block, never `[parameters, dimensions]`. `SidedProjection`
 multiplies every parameter's gradient matrix from both sides, `L G R^T`. For a weight of a Linear, Conv1D or embedding,
-`G = sum over tokens of l_t r_t^T`, so that it projects what went in and the gradient that came back, and forms no `G`.
+`G = sum over tokens of l_t r_t^T`: the first needs only a block's entries of all rows at a time, the second projects
+what went in and the gradient that came back, and forms no `G`.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -86,13 +87,26 @@ class DenseProjection:
     def project(self, gradients: RowGradients, done: Pass) -> torch.Tensor:
         """See `Projector`."""
         result = done.losses.new_zeros(done.num_rows, self.size)
-        for name, rows, grads in gradients.blocks(done):
+        explicit = []
+        for name, parameter in gradients.parameters.items():
+            calls = _calls(gradients, name, done)
+            if calls is None:
+                explicit.append(name)
+                continue
+            columns = matrix_shape(parameter.shape)[1]
+            for start, stop, block in self._blocks(name, parameter.numel(), result):
+                for rule, call in calls:
+                    result.addmm_(_entries(rule, call, done.num_rows, columns, start, stop), block)
+        for name, rows, grads in gradients.blocks(done, explicit):
             flat = as_rows(grads)
-            for start in range(0, flat.shape[1], self.step):
-                stop = min(start + self.step, flat.shape[1])
-                part = self.matrix(name, start, stop, flat.device).to(flat)
-                result[rows].addmm_(flat[:, start:stop], part)
+            for start, stop, block in self._blocks(name, flat.shape[1], result):
+                result[rows].addmm_(flat[:, start:stop], block)
         return result / self.size**0.5
+
+    def _blocks(self, name: str, size: int, like: torch.Tensor) -> Iterator[tuple[int, int, torch.Tensor]]:
+        for start in range(0, size, self.step):
+            stop = min(start + self.step, size)
+            yield start, stop, self.matrix(name, start, stop, like.device).to(like)
 
 
 Sides = Mapping[str, tuple[torch.Tensor | None, torch.Tensor | None]]
@@ -128,8 +142,8 @@ class SidedProjection:
         result = done.losses.new_zeros(done.num_rows, self.size)
         explicit = []
         for name, sides in self.sides.items():
-            calls = gradients.calls(name, done) if self.scale is None else None
-            if calls is None or any(rule not in _TOKEN_SIDES for rule, _ in calls):
+            calls = _calls(gradients, name, done) if self.scale is None else None
+            if calls is None:
                 explicit.append(name)
                 continue
             for rule, call in calls:
@@ -158,6 +172,20 @@ def random_side(size: int, length: int, kind: str, seed: int, key: str, like: to
     return (random_matrix(size, length, kind, seed, key, like.device) / size**0.5).to(like)
 
 
+def _calls(gradients: RowGradients, name: str, done: Pass) -> list[tuple[Rule, Call]] | None:
+    """The calls that make a parameter's gradient, if each is a sum of outer products over tokens."""
+    calls = gradients.calls(name, done)
+    return None if calls is None or any(rule not in _TOKEN_SIDES for rule, _ in calls) else calls
+
+
+def _entries(rule: Rule, call: Call, rows: int, columns: int, start: int, stop: int) -> torch.Tensor:
+    """Entries `start` to `stop` of every row's flattened gradient, of all rows of the batch and nothing more."""
+    first = start // columns
+    left, right = _TOKEN_SIDES[rule](call, rows, slice(first, -(-stop // columns)), None)
+    flat = torch.bmm(left.transpose(1, 2), right).flatten(1)
+    return flat[:, start - first * columns : stop - first * columns]
+
+
 def _linear_sides(call: Call, rows: int, left, right) -> tuple[torch.Tensor, torch.Tensor]:
     return _times(by_row(call.grad, rows), left), _times(by_row(call.input, rows), right)
 
@@ -171,11 +199,17 @@ def _embedding_sides(call: Call, rows: int, left, right) -> tuple[torch.Tensor, 
     tokens, grads = call.input.reshape(rows, -1), by_row(call.grad, rows)
     if call.module.padding_idx is not None:
         grads = grads * (tokens != call.module.padding_idx)[..., None]
-    picked = F.one_hot(tokens, len(call.module.weight)) if left is None else left.T[tokens]
+    if isinstance(left, slice):
+        picked = tokens[..., None] == torch.arange(left.start, left.stop, device=tokens.device)
+    else:
+        picked = F.one_hot(tokens, len(call.module.weight)) if left is None else left.T[tokens]
     return picked.to(grads), _times(grads, right)
 
 
-def _times(tokens: torch.Tensor, side: torch.Tensor | None) -> torch.Tensor:
+def _times(tokens: torch.Tensor, side: torch.Tensor | slice | None) -> torch.Tensor:
+    """Tokens times one side of the projection; a slice picks features."""
+    if isinstance(side, slice):
+        return tokens[..., side]
     return tokens if side is None else tokens @ side.to(tokens).T
 
 
