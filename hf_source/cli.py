@@ -44,6 +44,7 @@ class Method(StrEnum):
     """`--method`."""
 
     source = "source"
+    fast_source = "fast-source"
     stepwise = "stepwise"
     unrolled = "unrolled"
     influence = "influence"

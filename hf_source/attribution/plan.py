@@ -136,9 +136,13 @@ def _stage_plan(attributor: "SourceAttributor", stage: StageRecord, passes: int,
     if attributor.method in UNROLLING:
         return _unrolling_plan(attributor, stage, rows, num_queries)
     visited = [np.flatnonzero(segment.num_visits()[rows.example]) for segment in stage.segments]
-    if attributor.method != "source":
+    places = [1] * len(visited)  # sets of weights that a segment's rows are scored at
+    if getattr(attributor.options, "checkpoints", False):
+        places = [max(1, len(segment.checkpoint_steps)) for segment in stage.segments]
+    if attributor.method not in ("source", "fast-source"):
         visited, passes = [rows.trained] * row_passes(attributor, stage), 0
-    score_tokens = sum(int(rows.lengths[numbers].sum()) for numbers in visited)
+        places = [1] * len(visited)
+    score_tokens = sum(int(rows.lengths[v].sum()) * count for v, count in zip(visited, places, strict=True))
     sample_tokens = sum(
         int(rows.lengths[numbers].mean() * attributor.num_samples * passes) for numbers in visited if len(numbers)
     )

@@ -21,7 +21,7 @@ visits), so the scale is one number: `1 / sqrt(number of loss items in the whole
 `S` has one column per parameter and is never held whole: `matrices` gives the columns of a group of parameters.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -61,6 +61,8 @@ class FisherSample:
         seed: of the label draws. Labels are drawn once and reused, so every pass sees the same `S`.
         objective_scale: the objective that was trained over the mean loss per item, if the losses were divided by
             another number than that of their items.
+        entering: batch number -> what to do before that batch and those after it, where a sample is spread over
+            several weights: put them into the model. The first batch has to be among them, if there is any.
     """
 
     def __init__(
@@ -69,7 +71,9 @@ class FisherSample:
         batches: Sequence[dict[str, torch.Tensor]],
         seed: int = 0,
         objective_scale: float = 1.0,
+        entering: Mapping[int, Callable[[], None]] | None = None,
     ) -> None:
+        self.entering = entering or {}
         self.gradients = gradients
         self.batches = batches
         task = gradients.task
@@ -88,12 +92,19 @@ class FisherSample:
         """Forward and backward over every batch; yields the sample numbers and the finished pass."""
         self.num_passes += 1
         start = 0
-        for index, batch in enumerate(self.batches):
+        for index, batch in enumerate(self.visit()):
             labels = self._labels[index]
             done = self.gradients.run(batch, names, labels, self._generator if labels is None else None)
             self._labels[index] = done.labels
             yield slice(start, start + done.num_rows), done
             start += done.num_rows
+
+    def visit(self) -> Iterator[dict[str, torch.Tensor]]:
+        """The batches, each while the model has the weights that belong to it."""
+        for index, batch in enumerate(self.batches):
+            if index in self.entering:
+                self.entering[index]()
+            yield batch
 
     def matrices(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Columns of `S` that belong to the named parameters: name -> `[samples, *parameter.shape]`."""

@@ -112,7 +112,7 @@ def gauss_newton(sample: FisherSample, names: list[str]) -> torch.Tensor:
         return _gauss_newton_by_rows(sample, parameters)
     total = sum(parameter.numel() for parameter in parameters)
     result, items = torch.zeros(total, total, dtype=torch.float64), 0
-    for batch in sample.batches:
+    for batch in sample.visit():
         with gradients._requiring_grad(parameters), torch.enable_grad():
             outputs = gradients.task.forward(gradients.model, batch)
             logits, targets = gradients.task.predictions(outputs, batch["labels"])
@@ -141,7 +141,7 @@ def _gauss_newton_by_rows(sample: FisherSample, parameters: list[torch.nn.Parame
     gradients = sample.gradients
     total = sum(parameter.numel() for parameter in parameters)
     result, items = torch.zeros(total, total, dtype=torch.float64), 0
-    for batch in sample.batches:
+    for batch in sample.visit():
         labels = task_labels(gradients.task, batch)
         items += int(gradients.task.num_items(labels).sum())
         for row in range(len(labels)):

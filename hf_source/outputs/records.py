@@ -73,7 +73,7 @@ def _stages(record: TrainingRecord) -> Table:
 def _segments(record: TrainingRecord) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("segment of")
-    for name in ("number", "steps", "sum of lr", "sum of lr x clip"):
+    for name in ("number", "steps", "sum of lr", "sum of lr x clip", "checkpoints"):
         table.add_column(name, justify="right")
     for stage in record.stages:
         for segment in stage.segments:
@@ -83,6 +83,7 @@ def _segments(record: TrainingRecord) -> Table:
                 f"{segment.first_step}-{segment.end_step - 1}",
                 f"{segment.learning_rate_sum:.6g}",
                 f"{segment.effective_learning_rate_sum:.6g}",
+                ", ".join(map(str, segment.checkpoint_steps)) or "-",
             )
     return table
 

@@ -34,6 +34,7 @@ class RecordingOptions:
     stage: str = "train"
     num_segments: int = 3
     segment_boundaries: tuple[int, ...] | tuple[float, ...] | None = None
+    checkpoints_per_segment: int = 0
     record_averages_on_cpu: bool = False
     record_gradient_mean: bool = False
     record_frozen_weights: bool = True
@@ -49,6 +50,12 @@ class RecordingOptions:
             )
         if isinstance(self.num_segments, bool) or not isinstance(self.num_segments, int) or self.num_segments < 1:
             raise ConfigError(f"num_segments={self.num_segments!r} must be a whole number of at least 1 (3 is usual).")
+        count = self.checkpoints_per_segment
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise ConfigError(
+                f"checkpoints_per_segment={count!r} must be a whole number: 0 for none (averages are always stored), "
+                "2 as in the Source paper."
+            )
         if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < 2):
             raise ConfigError(
                 f"max_length={self.max_length!r} must be at least 2 tokens (one to read, one to predict), or None."
@@ -108,6 +115,11 @@ class SourceConfig(TrainingArguments):
         segment_boundaries (`list`, *optional*):
             Own cuts instead of equal shares: optimizer steps at which a new segment starts (`[100, 200]`), or shares
             of the summed learning rate (`[0.5, 0.8]`). Overrides `num_segments`.
+        checkpoints_per_segment (`int`, defaults to 0):
+            Also store the weights themselves at so many steps of each segment, evenly spaced in summed learning rate.
+            `method="source"` then averages gradients over them, as the Source paper does with 2 a segment, instead of
+            taking them at the average weights. Each costs the size of the trainable parameters on disk, and a pass
+            over the rows when they are scored.
         record_averages_on_cpu (`bool`, defaults to `False`):
             Keep the two running averages (each the size of the trainable parameters) in CPU memory. Slower.
         record_gradient_mean (`bool`, defaults to `False`):
@@ -135,6 +147,9 @@ class SourceConfig(TrainingArguments):
     num_segments: int = field(default=3, metadata={"help": "Segments of equal summed learning rate."})
     segment_boundaries: list[float] | None = field(
         default=None, metadata={"help": "Own cuts: optimizer steps, or shares of the summed learning rate."}
+    )
+    checkpoints_per_segment: int = field(
+        default=0, metadata={"help": "Weights stored along each segment, beside their average; 0 for none."}
     )
     record_averages_on_cpu: bool = field(default=False, metadata={"help": "Keep running averages in CPU memory."})
     record_gradient_mean: bool = field(default=False, metadata={"help": "Store the mean gradient of segments too."})

@@ -36,7 +36,7 @@ from .rows.streamed import StreamRows
 from .segments import SegmentAccumulator
 from .sharding import whole_tensors
 from .weight_samples import is_sampled, sample_weights
-from .writer import RecordWriter, file_entry, write_json, write_tensors
+from .writer import RecordWriter, checkpoint_file, file_entry, write_json, write_tensors
 
 
 STEPS_PER_SHARD = 500
@@ -56,6 +56,7 @@ class StageRecorder:
         streamed: keeps the rows of a stream.
 
     Attributes:
+        checkpoint_steps: steps before which the weights themselves are stored.
         merge_processes: whether losses are divided by loss items counted over all processes, so that what the
             processes ran at the same time is one micro-batch.
     """
@@ -76,6 +77,7 @@ class StageRecorder:
         self.names = names
         self.streamed = streamed
         self.segment_starts = list(segment_starts)
+        self.checkpoint_steps: list[int] = []
         self.step = self.first_step = 0
         self.inside_update = False
         self._segment_start = 0
@@ -136,6 +138,8 @@ class StageRecorder:
         self.inside_update = True
         if self.streamed is not None:
             self.streamed.visit(self.step)
+        if self.step in self.checkpoint_steps:
+            self._keep_weights()
         self.accumulator.before_update(self._reference(learning_rates), clip_factor)
         if math.isfinite(grad_norm):  # else the optimizer will skip the step
             self.accumulator.add_gradients(self._reference(learning_rates))
@@ -207,6 +211,7 @@ class StageRecorder:
             "step": self.step,
             "segment_start": self._segment_start,
             "segment_starts": self.segment_starts,
+            "checkpoint_steps": self.checkpoint_steps,
             "sums": scalars,
             "tensors": file_entry(folder / f"{SIDECAR}.safetensors"),
         }
@@ -219,6 +224,7 @@ class StageRecorder:
         self.accumulator.load_state(load_file(folder / f"{SIDECAR}.safetensors") if main else {}, state["sums"])
         self.step = self.first_step = state["step"]
         self.segment_starts = state["segment_starts"]
+        self.checkpoint_steps = state.get("checkpoint_steps", [])
         self._segment_start = state["segment_start"]
         self._micro_batches, self._steps = [], []
         self.writer.stage["num_steps"] = self.step
@@ -235,22 +241,33 @@ class StageRecorder:
 
         self.writer.stage = self.processes.agree(cut_back, main_only=True)
 
-    def restart(self, segment_starts: Sequence[int], training: dict[str, Any]) -> None:
+    def restart(
+        self, segment_starts: Sequence[int], training: dict[str, Any], checkpoint_steps: Sequence[int] = ()
+    ) -> None:
         """Go on where an attempt ended, as the beginning of a new run.
 
         Args:
             segment_starts: first step of every segment of the new run, counted from its own beginning. Its first
                 segment goes on with the one that is open.
             training: settings of the new run, as in `record.json`.
+            checkpoint_steps: of the new run, counted as the segments are.
         """
         started = [start for start in self.segment_starts if start <= self.step]
         self.segment_starts = started + [self.step + start for start in segment_starts[1:]]
+        made = [step for step in self.checkpoint_steps if step < self.step]
+        self.checkpoint_steps = made + [self.step + step for step in checkpoint_steps]
         self._micro_batches = []
         if self.streamed is not None:
             self.streamed.drop_waiting()
         self.first_step = self.step
         self.writer.stage |= {"planned_segment_starts": self.segment_starts, "training": training}
         self.flush()
+
+    def _keep_weights(self) -> None:
+        """Store the weights at which this step's gradients were taken."""
+        name = checkpoint_file(len(self.writer.stage["segments"]), self.step)
+        weights = whole_tensors(self.accumulator.parameters, keep=self.processes.is_main)
+        self.processes.agree(lambda: self.writer.add_tensors(name, weights), main_only=True)
 
     def _close_segment(self) -> None:
         index = len(self.writer.stage["segments"])

@@ -89,3 +89,39 @@ def plan_segments(
         # Every segment needs one step at least, this one and those that follow.
         starts.append(min(max(nearest, starts[-1] + 1), num_steps - (count - index)))
     return starts
+
+
+def plan_checkpoints(
+    num_steps: int, learning_rates: np.ndarray | None, starts: Sequence[int], per_segment: int
+) -> list[int]:
+    """Steps before which weights are stored: the middles of equal shares of each segment's summed learning rate.
+
+    Args:
+        num_steps, learning_rates: see `plan_segments`.
+        starts: first step of every segment.
+        per_segment: how many in each.
+
+    Returns:
+        Strictly increasing steps.
+
+    Raises:
+        ConfigError: if a segment has fewer steps.
+    """
+    if learning_rates is None or learning_rates.sum() <= 0:
+        learning_rates = np.ones(num_steps)
+    before = np.concatenate([[0.0], np.cumsum(learning_rates)])
+    found: list[int] = []
+    for start, end in zip(starts, [*starts[1:], num_steps], strict=True):
+        if end - start < per_segment:
+            raise ConfigError(
+                f"checkpoints_per_segment={per_segment} do not fit into the {end - start} steps of the segment from "
+                f"step {start} on: set it to at most {end - start}, or take fewer segments."
+            )
+        last = start - 1
+        for index in range(per_segment):
+            share = (2 * index + 1) / (2 * per_segment)
+            target = before[start] + share * (before[end] - before[start])
+            nearest = int(np.abs(before - target).argmin())
+            last = min(max(nearest, last + 1), end - (per_segment - index))
+            found.append(last)
+    return found

@@ -44,7 +44,7 @@ from .reading.record import TrainingRecord
 from .recorder import StageRecorder
 from .rows.stored import write_rows
 from .rows.streamed import StreamRows
-from .segment_plan import plan_segments, scheduled_learning_rates
+from .segment_plan import plan_checkpoints, plan_segments, scheduled_learning_rates
 from .segments import NoSums, SegmentAccumulator
 from .sharding import Fragment, is_sharded, whole_tensors
 from .warm import save_optimizer_state
@@ -91,7 +91,10 @@ def start_recorder(
     def stage_entry() -> dict[str, Any]:
         if resume_folder is not None:
             return _resumed_stage(options, stage, resume_folder).stage
-        stage["planned_segment_starts"] = _plan_segments(trainer, options, description)
+        starts, checkpoints = _plan_segments(trainer, options, description)
+        stage["planned_segment_starts"] = starts
+        if checkpoints:
+            stage["planned_checkpoints"] = checkpoints
         writer = new_stage(trainer, options, stage, weights)
         _store_moments(optimizer, names, writer)
         return writer.stage
@@ -106,6 +109,7 @@ def start_recorder(
     streamed = StreamRows(writer, options.record_rows, processes) if stage["dataset"]["stream"] else None
     starts = writer.stage["planned_segment_starts"]
     recorder = StageRecorder(writer, accumulator, starts, names, processes, streamed)
+    recorder.checkpoint_steps = list(writer.stage.get("planned_checkpoints", []))
     if resume_folder is not None:
         recorder.go_back(resume_folder)
     return recorder
@@ -205,8 +209,8 @@ def restart_recorder(
             "not belong to its optimizer state. Resume from the last checkpoint, or start the stage anew with "
             "overwrite_stage=True, with a smaller per_device_train_batch_size and auto_find_batch_size=False."
         )
-    starts = _plan_segments(trainer, options, recorder.accumulator.description)
-    recorder.restart(starts, describe_training(trainer))
+    starts, checkpoints = _plan_segments(trainer, options, recorder.accumulator.description)
+    recorder.restart(starts, describe_training(trainer), checkpoints)
     logger.warning(
         f"Memory ran out in optimizer step {recorder.step}. The Trainer goes on from the present weights, with "
         f"batches of {trainer.state.train_batch_size} rows and a new schedule; the steps made so far stay in the "
@@ -215,7 +219,10 @@ def restart_recorder(
     return recorder
 
 
-def _plan_segments(trainer: Any, options: RecordingOptions, description: OptimizerDescription) -> list[int]:
+def _plan_segments(
+    trainer: Any, options: RecordingOptions, description: OptimizerDescription
+) -> tuple[list[int], list[int]]:
+    """First steps of the segments, and the steps of checkpoints inside them."""
     num_steps = trainer.state.max_steps
     groups = [g for g, group in enumerate(description.groups) if group.parameters]
     rates = scheduled_learning_rates(trainer.lr_scheduler, num_steps, groups)
@@ -224,7 +231,8 @@ def _plan_segments(trainer: Any, options: RecordingOptions, description: Optimiz
             f"The learning rates of {type(trainer.lr_scheduler).__name__} are not known ahead, so segments hold equal "
             "numbers of steps instead of equal sums of learning rates. Set segment_boundaries to choose yourself."
         )
-    return plan_segments(num_steps, rates, options.num_segments, options.segment_boundaries)
+    starts = plan_segments(num_steps, rates, options.num_segments, options.segment_boundaries)
+    return starts, plan_checkpoints(num_steps, rates, starts, options.checkpoints_per_segment)
 
 
 def new_stage(

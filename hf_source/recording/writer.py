@@ -246,7 +246,10 @@ class RecordWriter:
         segments = self.stage["segments"]
         for index, segment in enumerate(segments):
             if segment["end_step"] > segment_start:
-                dropped += self.file_names(f"segments/{index}")
+                dropped += [name for name in self.file_names(f"segments/{index}") if checkpoint_step(name) is None]
+        # Those of the segment that is open again were made on the way to the step.
+        steps = {name: checkpoint_step(name) for name in self.file_names("segments")}
+        dropped += [name for name, made in steps.items() if made is not None and made >= step]
         self.stage["segments"] = [segment for segment in segments if segment["end_step"] <= segment_start]
         self.stage["status"] = "running"
         self.add_steps(kept_steps)
@@ -256,6 +259,17 @@ class RecordWriter:
         self.commit()
         for name in dropped:
             (self.folder / name).unlink(missing_ok=True)
+
+
+def checkpoint_file(segment: int, step: int) -> str:
+    """Weights before a step of a segment, relative to the stage."""
+    return f"segments/{segment}/weights-{step:08d}.safetensors"
+
+
+def checkpoint_step(name: str) -> int | None:
+    """Which step's weights a file holds, if it is one of `checkpoint_file`."""
+    stem = Path(name).stem
+    return int(stem.removeprefix("weights-")) if stem.startswith("weights-") else None
 
 
 def stage_folder(index: int, name: str) -> str:

@@ -18,10 +18,15 @@ the rows it visited and into the `q` of the segment before (Bae et al. 2024, arX
 stages are more segments of the same run). A row's score in a segment is `w_m / s <x, grad l_m>` with `w_m` the summed
 `learning rate x clip factor / loss items of the batch` of its real visits: the paper's `1 / N` when visits are
 uniform. With `momentum`, the learning rate of a visit is that of the updates which its gradient really entered.
+
+Gradients of a segment are taken at its average weights, or, with `checkpoints` and where the record has some, at each
+of the weights stored along the segment: rows' products are averaged over them, and the sample of the curvature is
+spread over them (the paper's own form; averages are its FAST-SOURCE).
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -51,6 +56,7 @@ class WalkSettings:
         share: `(process index, number of processes)`; each process scores its share of the rows.
         momentum: weigh each visit by the updates that applied its gradient, rather than by the step that took it.
         progress: wraps an iterable with a description, e.g. in a progress bar.
+        checkpoints: take gradients at the weights stored along a segment, where there are any.
     """
 
     curvature: Any
@@ -61,6 +67,7 @@ class WalkSettings:
     share: tuple[int, int] = (0, 1)
     momentum: bool = False
     progress: Callable[[Sequence, str], Any] = lambda items, description: items
+    checkpoints: bool = False
 
 
 def walk(
@@ -91,7 +98,6 @@ def walk(
         gradients, names, vectors = open_stage(stages, position, rows, query_gradients, settings, models, vectors)
         scores = np.zeros((len(next(iter(vectors.values()))), stage.num_rows), dtype=np.float32)
         for segment in reversed(stage.segments):
-            stage.load_weights(gradients.model, segment.index)
             vectors = _through_segment(segment, stage, rows[stage.name], gradients, vectors, scores, settings)
         vectors = {names[name]: vector for name, vector in vectors.items()}
         del gradients
@@ -168,18 +174,28 @@ def _through_segment(segment, stage, rows, gradients, vectors, scores, settings)
         return vectors
     weights = segment.row_weights()[rows.example]
     seed = settings.seed + 7919 * segment.index
-    sample = draw_sample(rows, weights, gradients, settings, seed, segment.objective_scale())
+    steps = segment.checkpoint_steps if settings.checkpoints else []
+    places = [(segment.index, step) for step in steps] or [segment.index]
+    enter = [partial(stage.load_weights, gradients.model, place) for place in places]
+    enter[0]()
+    sample = draw_sample(
+        rows, weights, gradients, settings, seed, segment.objective_scale(), enter if len(enter) > 1 else ()
+    )
     scoring, vectors = settings.curvature.propagate(vectors, flow, sample)
     parts = segment.applied_parts() if settings.momentum else [(list(scoring), segment.row_weights())]
     parts = [(names, by_row[rows.example]) for names, by_row in parts]
-    title = f"scoring {stage.name}, segment {segment.index + 1}"
     visited = np.flatnonzero(sum(np.abs(weights) for _, weights in parts))
-    for pieces in settings.progress(rows.batches(visited)[settings.share[0] :: settings.share[1]], title):
-        batch = rows.collated(pieces, settings.device)
-        dots = score_rows(gradients, batch, scoring, [names for names, _ in parts]).double()
-        scales = [torch.as_tensor(weights[pieces] / flow.length) for _, weights in parts]
-        found = sum(dot * scale for dot, scale in zip(dots, scales, strict=True)).float().numpy()
-        np.add.at(scores, (slice(None), rows.row[pieces]), found)  # a row may have several pieces
+    batches = rows.batches(visited)[settings.share[0] :: settings.share[1]]
+    for number, load in enumerate(enter, start=1):
+        if len(enter) > 1:
+            load()
+        title = f"scoring {stage.name}, segment {segment.index + 1}" + (f", checkpoint {number}" if steps else "")
+        for pieces in settings.progress(batches, title):
+            batch = rows.collated(pieces, settings.device)
+            dots = score_rows(gradients, batch, scoring, [names for names, _ in parts]).double()
+            scales = [torch.as_tensor(weights[pieces] / (flow.length * len(enter))) for _, weights in parts]
+            found = sum(dot * scale for dot, scale in zip(dots, scales, strict=True)).float().numpy()
+            np.add.at(scores, (slice(None), rows.row[pieces]), found)  # a row may have several pieces
     return vectors
 
 
@@ -190,11 +206,23 @@ def draw_sample(
     settings: WalkSettings,
     seed: int,
     objective_scale: float = 1.0,
+    places: Sequence[Callable[[], None]] = (),
 ) -> FisherSample:
-    """The segment's sample: pieces of rows in proportion to their weight in it, in batches of similar length."""
-    numbers = systematic_sample(weights, settings.num_samples, seed)
-    batches = [rows.collated(part, settings.device) for part in rows.batches(numbers)]
-    return FisherSample(gradients, batches, seed, objective_scale)
+    """The segment's sample: pieces of rows in proportion to their weight in it, in batches of similar length.
+
+    With `places`, which put one set of weights after the other into the model, each has an equal share of the sample.
+    """
+    batches, entering = [], {}
+    count = max(len(places), 1)
+    for place in range(count):
+        size = (settings.num_samples * (place + 1)) // count - (settings.num_samples * place) // count
+        if size == 0:  # fewer samples than places
+            continue
+        if places:
+            entering[len(batches)] = places[place]
+        numbers = systematic_sample(weights, size, seed + 15485863 * place)
+        batches += [rows.collated(part, settings.device) for part in rows.batches(numbers)]
+    return FisherSample(gradients, batches, seed, objective_scale, entering)
 
 
 def score_rows(

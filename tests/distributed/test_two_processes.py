@@ -77,6 +77,9 @@ def assert_same_run(one, two, relative=1e-12):
         assert (a.first_step, a.end_step) == (b.first_step, b.end_step)
         np.testing.assert_allclose(a.effective_learning_rate_sum, b.effective_learning_rate_sum, rtol=relative)
         assert_close(a.parameters(), b.parameters(), relative)
+        assert a.checkpoint_steps == b.checkpoint_steps and len(a.checkpoint_steps) == 1
+        for step in a.checkpoint_steps:
+            assert_close(a.checkpoint(step), b.checkpoint(step), relative)
         # P = 1 / (sqrt(v) + eps) magnifies the rounding of gradients near 0.
         assert_close(a.preconditioner(), b.preconditioner(), 1000 * relative)
     for which in ("initial", "final"):

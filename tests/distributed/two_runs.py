@@ -71,7 +71,7 @@ class StopAfter(TrainerCallback):
 def run(folder, model=None, rows=None, resume=None, trainer=SourceTrainer, **settings):
     """Two processes take 2 rows each per micro-batch, where one process takes 4."""
     share = 4 // WORLD
-    settings = {"per_device_train_batch_size": share, "num_segments": 2} | settings
+    settings = {"per_device_train_batch_size": share, "num_segments": 2, "checkpoints_per_segment": 1} | settings
     model = tiny_llama(dtype=torch.float64) if model is None else model
     rows = random_rows(24) if rows is None else rows
     others = {name: settings.pop(name) for name in ("callbacks", "optimizers", "eval_dataset") if name in settings}

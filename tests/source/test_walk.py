@@ -51,6 +51,11 @@ class FakeSegment:
     items: np.ndarray  # loss items of each row
     items_per_normalizer: float = 1.0  # of the number that the batch's loss was divided by
     matrix_sides: dict[str, str] = field(default_factory=dict)
+    kept: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)  # step -> weights
+
+    @property
+    def checkpoint_steps(self) -> list[int]:
+        return sorted(self.kept)
 
     def preconditioner(self) -> dict[str, torch.Tensor]:
         return self.P
@@ -92,8 +97,11 @@ class FakeStage:
     def canonical_name(name: str) -> str:
         return canonical_name(name)
 
-    def load_weights(self, model: nn.Module, which: str | int) -> None:
-        source = self.final if which == "final" else self.segments[which].weights_at
+    def load_weights(self, model: nn.Module, which: str | int | tuple[int, int]) -> None:
+        if isinstance(which, tuple):
+            source = self.segments[which[0]].kept[which[1]]
+        else:
+            source = self.final if which == "final" else self.segments[which].weights_at
         parameters = dict(model.named_parameters())
         with torch.no_grad():
             for name in self.trainable:
@@ -241,7 +249,6 @@ def reference(stages: list[FakeStage], queries: dict[str, torch.Tensor] = QUERIE
             vectors = np.concatenate(vectors, axis=1)
         scores = np.zeros((len(vectors), stage.num_rows))
         for segment in reversed(stage.segments):
-            stage.load_weights(model, segment.index)
             zero = torch.zeros((), dtype=torch.float64)
             P, Lambda = (
                 oracles.flat_constant({name: constants.get(name, zero) for name in names}, model, names)
@@ -250,9 +257,14 @@ def reference(stages: list[FakeStage], queries: dict[str, torch.Tensor] = QUERIE
             w, s = segment.row_weights(), segment.effective_learning_rate_sum
             # Of the objective that was trained, 1 / s x sum over visits: the mean per item where the loss of a batch
             # was divided by its number of items.
-            H = oracles.gauss_newton(model, names, stage.batch, weights=w) * (w @ segment.items) / s
+            places = [(segment.index, step) for step in segment.checkpoint_steps] or [segment.index]
+            H, gradients = 0.0, 0.0  # of checkpoints: their averages
+            for place in places:
+                stage.load_weights(model, place)
+                part = oracles.gauss_newton(model, names, stage.batch, weights=w) * (w @ segment.items) / s
+                H = H + part / len(places)
+                gradients = gradients + oracles.row_gradients(model, names, stage.batch) / len(places)
             scoring, vectors = oracles.dense_source(H, P, Lambda, s, vectors)
-            gradients = oracles.row_gradients(model, names, stage.batch)
             for row in range(stage.num_rows):
                 scores[:, row] += w[row] / s * scoring @ gradients[row]
         q = {plain(name): block for name, block in oracles.split(vectors, model, names).items()}
@@ -282,6 +294,44 @@ def test_scores_of_two_stages_of_two_segments(stages):
     for stage in stages:
         visited = sum(segment.counts for segment in stage.segments) > 0
         assert ((got[stage.name] != 0).all(axis=0) == visited).all()
+
+
+@pytest.mark.parametrize("stages", [full_then_full, full_then_lora])
+def test_gradients_and_curvature_are_averaged_over_checkpoints(stages):
+    """Where a segment has some; and nowhere, if averages are asked for."""
+    stages = stages()
+    averages = run(stages)
+    torch.manual_seed(5)
+    for stage in stages:
+        segment = stage.segments[1]
+        for step in (3, 7):
+            away = {name: 0.1 * torch.randn_like(value) for name, value in segment.weights_at.items()}
+            segment.kept[step] = {name: segment.weights_at[name] + noise for name, noise in away.items()}
+    (visits,) = {int(segment.counts.sum()) for stage in stages for segment in stage.segments}
+    # Twice the visits: every visit is sampled once at each of two checkpoints, and twice where there are averages.
+    got = run(stages, checkpoints=True, num_samples=2 * visits)
+    assert_scores(got, reference(stages))
+    for name, scores in run(stages).items():
+        np.testing.assert_array_equal(scores, averages[name])
+        assert oracles.relative_error(got[name], scores) > 1e-2
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 7])
+def test_a_sample_is_shared_out_over_checkpoints(num_samples):
+    """Even where there are fewer samples than checkpoints; and scores stay finite."""
+    stage = make_stage("only", lambda: oracles.gpt2(4), seed=10, num_segments=1)
+    stage.segments[0].kept = {step: stage.segments[0].weights_at for step in (1, 2, 3)}
+    scores = run([stage], JointCurvature(), num_samples=num_samples, checkpoints=True)["only"]
+    assert np.isfinite(scores).all() and abs(scores).max() > 0
+
+
+def test_a_checkpoint_at_the_average_weights_changes_nothing():
+    stage = make_stage("only", lambda: oracles.gpt2(4), seed=10)
+    averages = run([stage], JointCurvature())["only"]
+    for segment in stage.segments:
+        segment.kept[4] = segment.weights_at
+        segment.weights_at = {name: torch.full_like(value, torch.nan) for name, value in segment.weights_at.items()}
+    np.testing.assert_array_equal(run([stage], JointCurvature(), checkpoints=True)["only"], averages)
 
 
 def test_losses_divided_by_something_else_than_their_items():

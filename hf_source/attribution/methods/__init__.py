@@ -18,7 +18,7 @@ from .datainf import DataInfOptions, datainf
 from .final import grad_cos, grad_dot
 from .influence import InfluenceOptions, influence
 from .logra import LograOptions, logra
-from .source import SourceOptions, StepwiseOptions, source, stepwise, unrolled
+from .source import FastSourceOptions, SourceOptions, StepwiseOptions, fast_source, source, stepwise, unrolled
 from .text import EmbeddingOptions, bm25, embedding
 from .tracin import tracin
 from .trackstar import TrackStarOptions, trackstar
@@ -27,6 +27,7 @@ from .trak import TrakOptions, trak
 
 METHODS: dict[str, Method] = {
     "source": Method(source, SourceOptions, nats=True),
+    "fast-source": Method(fast_source, FastSourceOptions, nats=True),
     "stepwise": Method(stepwise, StepwiseOptions, nats=True),
     "unrolled": Method(unrolled, nats=True),
     "influence": Method(influence, InfluenceOptions, nats=True),

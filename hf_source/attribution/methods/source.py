@@ -11,9 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`source`: segment by segment. `stepwise`: step by step. `unrolled`: the exact derivative."""
+"""`source` and `fast-source`: segment by segment. `stepwise`: step by step. `unrolled`: the exact derivative."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ...errors import ConfigError
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SourceOptions:
-    """Settings of `source`.
+class FastSourceOptions:
+    """Settings of `fast-source`.
 
     Attributes:
         damping: of the inverse in `curvature="ekfac-hybrid"`, as a share of each block's mean eigenvalue; no other
@@ -40,6 +40,19 @@ class SourceOptions:
     def __post_init__(self) -> None:
         if not self.damping > 0:
             raise ConfigError(f"damping={self.damping}: the inverse needs a positive damping (0.1 is usual).")
+
+
+@dataclass(frozen=True)
+class SourceOptions(FastSourceOptions):
+    """Settings of `source`.
+
+    Attributes:
+        damping: see `FastSourceOptions`.
+        checkpoints: take gradients at the weights stored along each segment, where the record holds some
+            (`checkpoints_per_segment` of `SourceConfig`); `False` for the segments' average weights.
+    """
+
+    checkpoints: bool = True
 
 
 @dataclass(frozen=True)
@@ -58,12 +71,24 @@ class StepwiseOptions:
 
 
 def source(attributor: "SourceAttributor", queries: Queries) -> Scores:
-    """Source (Bae et al. 2024, arXiv 2405.12186) with the attributor's curvature; nats."""
+    """Source (Bae et al. 2024, arXiv 2405.12186) with the attributor's curvature; nats.
+
+    Gradients are averaged over the checkpoints of a segment where the record holds some, else taken at its averages.
+    """
+    return _walk(attributor, queries, attributor.options.checkpoints)
+
+
+def fast_source(attributor: "SourceAttributor", queries: Queries) -> Scores:
+    """FAST-SOURCE (Bae et al. 2024): Source at the segments' average weights; nats."""
+    return _walk(attributor, queries, checkpoints=False)
+
+
+def _walk(attributor: "SourceAttributor", queries: Queries, checkpoints: bool) -> Scores:
     return walk(
         attributor.record.stages,
         attributor.all_rows(),
         lambda gradients: attributor.query_gradients(gradients, queries),
-        attributor.walk_settings(),
+        replace(attributor.walk_settings(), checkpoints=checkpoints),
         attributor.build_model,
     )
 

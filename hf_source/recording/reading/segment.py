@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ...errors import RecordError
-from ..writer import stage_folder
+from ..writer import checkpoint_file, checkpoint_step, stage_folder
 from .assumed import uniform_objective_scale, uniform_visits, uniform_weights, visits_are_recorded
 from .momentum import applied_learning_rate
 
@@ -58,6 +58,26 @@ class SegmentRecord:
     def parameters(self) -> dict[str, torch.Tensor]:
         """Average weights `theta = sum of eta c theta_k / s`, weights before each step, by name."""
         return self.stage.tensors(f"segments/{self.index}/parameters.safetensors")
+
+    @property
+    def checkpoint_steps(self) -> list[int]:
+        """Steps whose weights the record holds too, evenly spaced in summed learning rate; often none."""
+        folder = f"{stage_folder(self.stage.index, self.stage.name)}/segments/{self.index}/"
+        steps = (checkpoint_step(name) for name in self.stage.data["files"] if name.startswith(folder))
+        return sorted(step for step in steps if step is not None)
+
+    def checkpoint(self, step: int) -> dict[str, torch.Tensor]:
+        """Weights before a step, by name.
+
+        Raises:
+            RecordError: if it is none of `checkpoint_steps`.
+        """
+        if step not in self.checkpoint_steps:
+            raise RecordError(
+                f"Segment {self.index} of stage '{self.stage.name}' holds no weights of step {step}; it has "
+                f"{self.checkpoint_steps or 'none'}. Train with SourceConfig(checkpoints_per_segment=2) to store some."
+            )
+        return self.stage.tensors(checkpoint_file(self.index, step))
 
     def preconditioner(self) -> dict[str, torch.Tensor]:
         """Average preconditioner `P = sum of eta_g c P_k / s`, by name; 0-dim for SGD.

@@ -152,12 +152,13 @@ class StageRecord:
 
         return build_model(self, dtype)
 
-    def load_weights(self, model: torch.nn.Module, which: str | int) -> None:
+    def load_weights(self, model: torch.nn.Module, which: str | int | tuple[int, int]) -> None:
         """Copy trained weights into a model, in place, cast to its dtype.
 
         Args:
             model: has this stage's trainable parameters, under the same names or names that differ by a wrapper.
-            which: `"initial"`, `"final"`, or a segment's index for its average weights.
+            which: `"initial"`, `"final"`, a segment's index for its average weights, or segment and step of a
+                checkpoint.
 
         Raises:
             RecordError: if there are no such weights, or they do not fit the model.
@@ -206,8 +207,8 @@ class StageRecord:
         """Size of the stage's files."""
         return sum(entry["bytes"] for entry in self.data["files"].values())
 
-    def weights(self, which: str | int) -> dict[str, torch.Tensor]:
-        """Trained weights by name: `"initial"`, `"final"`, or a segment's index for its average.
+    def weights(self, which: str | int | tuple[int, int]) -> dict[str, torch.Tensor]:
+        """Trained weights by name: `"initial"`, `"final"`, a segment's index for its average, or segment and step.
 
         Raises:
             RecordError: if the record holds no such weights.
@@ -218,6 +219,8 @@ class StageRecord:
             return self.tensors(f"{which}.safetensors")
         if isinstance(which, int) and 0 <= which < len(self.segments):
             return self.segments[which].parameters()
+        if isinstance(which, tuple):
+            return self.segments[which[0]].checkpoint(which[1])
         raise RecordError(
             f"Stage '{self.name}' has no weights {which!r}: ask for 'initial', 'final', or a segment from 0 to "
             f"{len(self.segments) - 1}."

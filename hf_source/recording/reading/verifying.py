@@ -119,6 +119,7 @@ class _Comparison:
         self.epsilon = max(torch.finfo(getattr(torch, dtype)).eps for dtype in precise)
         self.tolerance = _LOOSE if half else max(_TOLERANCE[dtype] for dtype in precise)
         self.sums = torch.zeros_like(self.start)
+        self.checkpoints = {step: segment for segment in stage.segments for step in segment.checkpoint_steps}
         self.segments: Iterator = iter(stage.segments)
         self.segment = next(self.segments, None)
 
@@ -129,6 +130,9 @@ class _Comparison:
         recorded = self.steps.weight_sample(step)
         if recorded is not None:
             self.compare(f"step {step}", after, torch.from_numpy(recorded.copy()))
+        if step + 1 in self.checkpoints:
+            stored = self.checkpoints[step + 1].checkpoint(step + 1)
+            self.compare(f"checkpoint {step + 1}", after, sample_of(stored, self.stage.trainable))
         if self.segment is not None and step + 1 == self.segment.end_step:
             self._compare_segment()
         if step + 1 >= self.num_steps < len(self.steps):
