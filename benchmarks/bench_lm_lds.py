@@ -25,6 +25,9 @@ Two sets of rows: `wiki`, beginnings of Wikipedia summaries (32 tokens), and `fa
     python benchmarks/bench_lm_lds.py                        # writes benchmarks/lm_lds.json, half an hour on one core
     python benchmarks/bench_lm_lds.py --rows facts           # without the package
 
+Lines of `source` take gradients at the segments' average weights (`fast-source`), but for the one with checkpoints.
+`5 products` is conjugate gradient with so many products with the Gauss-Newton matrix of all rows.
+
 `exact derivative` is the directional derivative of the very same training (moments, clipping and all): what any
 first-order method could reach at most.
 """
@@ -72,12 +75,17 @@ METHODS = {
     "influence ekfac": {"method": "influence", "curvature": "ekfac"},
     "influence joint": {"method": "influence", "curvature": "joint"},
     "source identity": {"curvature": "identity"},
+    "source diagonal": {"curvature": "diagonal"},
+    "source ekfac-hybrid": {"curvature": "ekfac-hybrid"},
     "source ekfac": {"curvature": "ekfac"},
     "source joint, no tail": {"tail": False},
     "source joint": {},
     "source joint, visits without momentum": {"momentum": False},
+    "source joint, 2 checkpoints": {"method": "source"},
     "stepwise, 4 draws": {"method": "stepwise", "draws": 4},
     "stepwise, 16 draws": {"method": "stepwise", "draws": 16},
+    "influence ekfac, 5 products": {"method": "influence", "curvature": "ekfac", "solver": "cg", "iterations": 5},
+    "influence joint, 5 products": {"method": "influence", "curvature": "joint", "solver": "cg", "iterations": 5},
 }
 SIZES = (512, 1024, 2048)
 QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "use_cpu": True}
@@ -138,6 +146,7 @@ def finetune(kind: str, segments: list[int], folder: Path) -> dict[int, Training
             output_dir=str(folder / "out"),
             record_dir=str(folder / f"{kind}-{number}"),
             num_segments=number,
+            checkpoints_per_segment=2,
             per_device_train_batch_size=BATCH_SIZE,
             weight_decay=0.01,
             max_length=MAX_TOKENS[kind],
@@ -200,7 +209,11 @@ def run(kind: str, options: argparse.Namespace, folder: Path, results: dict, sav
             for size in SIZES if name == "source joint" else (1024,):
                 start = time.perf_counter()
                 attributor = SourceAttributor(
-                    recorded, num_samples=size, memory_budget=2**32, progress=False, **settings
+                    recorded,
+                    num_samples=size,
+                    memory_budget=2**32,
+                    progress=False,
+                    **({"method": "fast-source"} | settings),
                 )
                 label = name if not name.startswith("source") else f"{name}, L={number}, n={size}"
                 note(label, attributor.scores(None, queries), removed, start)
