@@ -128,25 +128,46 @@ class RowGradients:
             labels: used instead of the batch's own labels.
             generator: if given, labels are drawn from the model's predictions (for the Fisher).
         """
+        given = task_labels(self.task, batch) if labels is None else labels
+        return next(self._passes(batch, given, names, [generator]))
+
+    def draws(self, batch: Batch, generators: Sequence[torch.Generator]) -> Iterator[Pass]:
+        """A pass for each generator, with labels drawn from the model's predictions: one forward for all of them."""
+        return self._passes(batch, task_labels(self.task, batch), None, generators)
+
+    def _passes(
+        self,
+        batch: Batch,
+        given: torch.Tensor,
+        names: Iterable[str] | None,
+        generators: Sequence[torch.Generator | None],
+    ) -> Iterator[Pass]:
         names = list(self.parameters if names is None else names)
         modules = {use.module for name in names if name not in self.fallback for use in self.uses[name]}
-        given = task_labels(self.task, batch)
         with self._captured(modules, len(given) * getattr(self.task, "sequences_per_row", 1)) as calls:
             with torch.enable_grad():
                 outputs = self.task.forward(self.model, batch)
-                labels = given if labels is None else labels
-                if generator is not None:
-                    labels = self.task.sample_labels(outputs.detach(), labels, generator)
-                losses = self.task.row_losses(outputs, labels)
         made = [call for module in calls for call in calls[module]]
-        if made:
-            grads = torch.autograd.grad(losses.sum(), [call.output for call in made], allow_unused=True)
-            for call, grad in zip(made, grads, strict=True):
-                if grad is None:  # no part in the loss, such as DoRA's look at its own weights: whatever its layout
-                    calls[call.module] = [other for other in calls[call.module] if other is not call]
-                call.grad = grad
-                call.output = call.output.detach()
-        return Pass(batch, labels, losses.detach(), calls)
+        for position, generator in enumerate(generators):
+            labels = given
+            if generator is not None:
+                labels = self.task.sample_labels(outputs.detach(), given, generator)
+            with torch.enable_grad():
+                losses = self.task.row_losses(outputs, labels)
+            calls = self._backward(losses, made, keep=position < len(generators) - 1)
+            yield Pass(batch, labels, losses.detach(), calls)
+
+    @staticmethod
+    def _backward(losses: torch.Tensor, made: Sequence[Call], keep: bool) -> dict[nn.Module, list[Call]]:
+        """The calls with the gradients that came back; those that had no part in the loss are left out."""
+        found: dict[nn.Module, list[Call]] = {}
+        if not made:
+            return found
+        grads = torch.autograd.grad(losses.sum(), [call.output for call in made], retain_graph=keep, allow_unused=True)
+        for call, grad in zip(made, grads, strict=True):
+            if grad is not None:  # None for DoRA's look at its own weights, whatever its layout
+                found.setdefault(call.module, []).append(Call(call.module, call.input, call.output.detach(), grad))
+        return found
 
     def blocks(self, done: Pass, names: Iterable[str] | None = None) -> Iterator[tuple[str, slice, torch.Tensor]]:
         """Per-row gradients of one parameter after another.

@@ -79,11 +79,14 @@ class SampledProducts:
         H h ~ S^T U diag((1 - exp(-x)) / x) U^T S h.
 
     Attributes:
-        draws: labels drawn per row. A step costs about `4 + draws` forward and backward passes over its batch, for any
-            number of queries.
+        draws: labels drawn per row. A step costs about 4 forward and backward passes over its batch and a backward
+            pass for every draw, for any number of queries.
+        cache_bytes: per-row gradients of a batch up to this size are kept between the two turns of a draw, which
+            otherwise makes them twice.
     """
 
     draws: int = 16
+    cache_bytes: int = 2**28
     exact = False
 
     def __call__(
@@ -100,9 +103,8 @@ class SampledProducts:
         if isinstance(gradients.task, RowLossTask):  # smoothed cross-entropy has the curvature of the plain one
             gradients = gradients.with_task(gradients.task.unsmoothed())
         total: Vectors = {}
-        for draw in range(self.draws):
-            generator = torch.Generator().manual_seed(seed + 104729 * draw)
-            done = gradients.run(batch, generator=generator)
+        generators = [torch.Generator().manual_seed(seed + 104729 * draw) for draw in range(self.draws)]
+        for done in gradients.draws(batch, generators):
             scale = (normalizer * self.draws) ** -0.5
             for name, part in self._flow(gradients, done, forces, step_sizes, scale).items():
                 total[name] = total[name] + part if name in total else part
@@ -112,9 +114,18 @@ class SampledProducts:
 
     def _flow(self, gradients, done, forces, step_sizes, scale) -> Vectors:
         """One draw: `K` and `S h` in a first turn over the parameters, `S^T (coefficients)` in a second one."""
+        names = list(gradients.parameters)
+        sizes = [p.numel() * p.element_size() for p in gradients.parameters.values()]
+        if sum(sizes) * done.num_rows <= self.cache_bytes:
+            kept = [(name, as_rows(columns)) for name, columns in _columns(gradients, done, names)]
+            turn = lambda wanted: ((name, columns) for name, columns in kept if name in wanted)  # noqa: E731
+        else:
+            turn = lambda wanted: (  # noqa: E731
+                (name, as_rows(columns))
+                for name, columns in _columns(gradients, done, [name for name in names if name in wanted])
+            )
         gram, dots = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-        for name, columns in _columns(gradients, done, list(forces)):
-            columns = as_rows(columns)
+        for name, columns in turn(forces):
             dots = dots + (columns @ as_rows(forces[name]).T).double().cpu() * scale
             if name in step_sizes:
                 size = step_sizes[name].to(columns)
@@ -124,8 +135,8 @@ class SampledProducts:
             rates, modes = torch.linalg.eigh((gram + gram.T) / 2)
             dots = modes @ (_damping(rates)[:, None] * (modes.T @ dots))
         found: Vectors = {}
-        for name, columns in _columns(gradients, done, list(gradients.parameters)):
-            flat = dots.T.to(columns) @ as_rows(columns) * scale
+        for name, columns in turn(gradients.parameters):
+            flat = dots.T.to(columns) @ columns * scale
             found[name] = flat.view(-1, *gradients.parameters[name].shape)
         return found
 

@@ -61,8 +61,14 @@ def test_exact_products_are_those_of_the_dense_hessian(kind):
 
 def sampled(gradients, monkeypatch):
     """Every pass made, to learn which labels were drawn."""
-    passes, run = [], gradients.run
-    monkeypatch.setattr(gradients, "run", lambda *args, **kwargs: passes.append(run(*args, **kwargs)) or passes[-1])
+    passes, draws = [], gradients.draws
+
+    def spied(*args):
+        for done in draws(*args):
+            passes.append(done)
+            yield done
+
+    monkeypatch.setattr(gradients, "draws", spied)
     return passes
 
 
@@ -73,14 +79,14 @@ def dense_columns(model, names, done, draws):
 
 
 @pytest.mark.parametrize("preconditioner", ["sgd", "adam", "none"])
-@pytest.mark.parametrize("draws", [1, 3])
-def test_sampled_products_are_the_flows_of_their_own_samples(monkeypatch, preconditioner, draws):
+@pytest.mark.parametrize(("draws", "cache_bytes"), [(1, 2**28), (3, 2**28), (3, 0)])
+def test_sampled_products_are_the_flows_of_their_own_samples(monkeypatch, preconditioner, draws, cache_bytes):
     """`eta P (H h) = (1 - exp(-eta P S^T S) ... ) h` by matrix exponentials, and `S^T S h` where nothing moves."""
     model, names, gradients = engine()
     batch, forces = make_batch(LENGTHS), queries_for(model, names)
     sizes = {"sgd": oracles.sgd_like, "adam": oracles.adam_like, "none": lambda *_: {}}[preconditioner](model, names)
     passes = sampled(gradients, monkeypatch)
-    found = SampledProducts(draws=draws)(gradients, batch, forces, NORMALIZER, sizes, seed=3)
+    found = SampledProducts(draws, cache_bytes)(gradients, batch, forces, NORMALIZER, sizes, seed=3)
     columns = [dense_columns(model, names, done, draws) for done in passes]
     assert len(columns) == draws and all(len(own) == len(LENGTHS) for own in columns)
     vectors = flat(forces, names)
