@@ -22,6 +22,7 @@ import typer
 
 from .cli_errors import friendly_errors
 from .cli_evaluate import evaluate
+from .cli_experiment import experiment_app
 from .cli_record import record_app
 from .errors import ConfigError
 
@@ -37,6 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(record_app, name="record")
+app.add_typer(experiment_app, name="experiment")
 app.command()(evaluate)
 
 

@@ -17,6 +17,7 @@ from .agreement import Agreement, agreement
 from .cache import RetrainingCache
 from .estimate import Estimate, bootstrap, mean_estimate
 from .evaluate import evaluate
+from .experiments import Experiment
 from .lds import LDS, linear_datamodelling_score, removal_masks
 from .leave_one_out import LeaveOneOut, leave_one_out
 from .mislabelled import Mislabelled, corrupt_labels, find_mislabelled
@@ -36,6 +37,7 @@ __all__ = [
     "Agreement",
     "Entry",
     "Estimate",
+    "Experiment",
     "LDSProtocol",
     "LeaveOneOut",
     "Mislabelled",

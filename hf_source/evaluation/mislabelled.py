@@ -21,6 +21,7 @@ whose labels are known to be wrong.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -116,7 +117,9 @@ def _found(wrong: np.ndarray, share: float) -> float:
     return float(wrong[: max(1, round(share * len(wrong)))].sum() / total) if total else float("nan")
 
 
-def corrupt_labels(dataset: Dataset, fraction: float, seed: int = 0, column: str = "label") -> Dataset:
+def corrupt_labels(
+    dataset: Dataset, fraction: float, seed: int = 0, column: str = "label", within: str | None = None
+) -> Dataset:
     """Give some rows a wrong label, and say which in a bool column `is_corrupted`.
 
     A corrupted row gets one of the other values of the column, in proportion to how often they occur: labels keep
@@ -127,31 +130,40 @@ def corrupt_labels(dataset: Dataset, fraction: float, seed: int = 0, column: str
         fraction: share of the rows to corrupt, at least one row.
         seed: of rows and labels.
         column: the label's, of numbers or texts (such as the `completion` of a fact).
+        within: another column; the wrong label comes from a row with the same value of it, so that it stays of the
+            right kind. Rows that have no other label of their kind are left alone.
 
     Raises:
         ConfigError: for a fraction that is not above 0 and below 1.
-        DataError: if there is no such column, it has one value only, or `is_corrupted` exists.
+        DataError: if there is no such column, too few rows have another label to get, or `is_corrupted` exists.
     """
     if not 0 < fraction < 1:
         raise ConfigError(f"fraction={fraction}: give a share of the rows above 0 and below 1.")
-    if column not in dataset.column_names:
-        raise DataError(f"The dataset has no column {column!r} to corrupt; it has {', '.join(dataset.column_names)}.")
+    for name in (column, within):
+        if name is not None and name not in dataset.column_names:
+            raise DataError(f"The dataset has no column {name!r}; it has {', '.join(dataset.column_names)}.")
     if KNOWN in dataset.column_names:
         raise DataError(f"The dataset has a column {KNOWN!r} already: its labels were corrupted before.")
     labels = dataset.with_format(None)[column][:]
-    try:
-        distinct = len(set(labels))
-    except TypeError as error:
+    if any(isinstance(label, (list, dict)) for label in labels):
+        raise DataError(f"Column {column!r} holds lists, not labels: corrupt labels before rows are tokenised.")
+    kinds = [None] * len(labels) if within is None else dataset.with_format(None)[within][:]
+    by_kind: dict[Any, list] = {}
+    for kind, label in zip(kinds, labels, strict=True):
+        by_kind.setdefault(kind, []).append(label)
+    varied = {kind for kind, own in by_kind.items() if len(set(own)) > 1}
+    possible = np.flatnonzero([kind in varied for kind in kinds])
+    wanted = max(1, round(fraction * len(labels)))
+    if len(possible) < wanted:
         raise DataError(
-            f"Column {column!r} holds lists, not labels: corrupt labels before rows are tokenised."
-        ) from error
-    if distinct < 2:
-        raise DataError(f"Column {column!r} has the same value in every row: there is no wrong one to give.")
+            f"{wanted} rows of column {column!r} are to be corrupted, but only {len(possible)} have another label of "
+            "their kind to get (the others have the same value in every row): corrupt fewer."
+        )
     generator = np.random.default_rng(seed)
-    chosen = generator.choice(len(labels), size=max(1, round(fraction * len(labels))), replace=False)
+    chosen = generator.choice(possible, size=wanted, replace=False)
     new = list(labels)
     for row in chosen:
-        others = [label for label in labels if label != labels[row]]
+        others = [label for label in by_kind[kinds[row]] if label != labels[row]]
         new[row] = others[generator.integers(len(others))]
     known = np.zeros(len(labels), dtype=bool)
     known[chosen] = True

@@ -103,12 +103,23 @@ def test_corrupted_text():
     assert found[rows[0]]["completion"] in set(dataset["completion"]) - {dataset[rows[0]]["completion"]}
 
 
+def test_wrong_labels_of_the_right_kind():
+    columns = {"relation": ["a", "a", "b", "b", "c"] * 4, "label": [0, 1, 2, 3, 4] * 4}
+    found = corrupt_labels(Dataset.from_dict(columns), 0.8, within="relation")
+    swapped = {0: 1, 1: 0, 2: 3, 3: 2}
+    for before, after, wrong in zip(columns["label"], found["label"], found["is_corrupted"], strict=True):
+        assert wrong == (before != 4)  # all rows of kind c have the same label
+        assert after == (swapped[before] if wrong else before)
+
+
 @pytest.mark.parametrize(
     ("columns", "settings", "message"),
     [
         ({"label": [0, 1]}, {"fraction": 0.0}, "fraction=0.0"),
         ({"label": [0, 1]}, {"fraction": 1.0}, "fraction=1.0"),
         ({"text": ["a", "b"]}, {"fraction": 0.5}, "no column 'label'"),
+        ({"label": [0, 1]}, {"fraction": 0.5, "within": "kind"}, "no column 'kind'"),
+        ({"label": [0, 1, 2], "kind": [0, 0, 1]}, {"fraction": 0.9, "within": "kind"}, "only 2 have another label"),
         ({"label": [1, 1]}, {"fraction": 0.5}, "same value in every row"),
         ({"label": [[1], [2]]}, {"fraction": 0.5}, "holds lists"),
         ({"label": [0, 1], "is_corrupted": [True, False]}, {"fraction": 0.5}, "already"),
