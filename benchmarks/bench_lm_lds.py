@@ -41,7 +41,7 @@ import platform
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -135,7 +135,7 @@ def pretrained(kind: str, tokenizer, rows: list[str], folder: Path) -> GPT2LMHea
     return model
 
 
-def finetune(kind: str, segments: list[int], folder: Path) -> dict[int, TrainingRecord]:
+def finetune(kind: str, segments: list[int], folder: Path, callbacks: Sequence = ()) -> dict[int, TrainingRecord]:
     """Record the finetuning run, once per number of segments; the run itself is the same."""
     before, after, _ = texts(kind)
     tokenizer = train_tokenizer(before[:3000] + after, 512)
@@ -154,7 +154,9 @@ def finetune(kind: str, segments: list[int], folder: Path) -> dict[int, Training
             **QUIET,
         )
         rows = Dataset.from_dict({"text": after})
-        SourceTrainer(copy.deepcopy(start), args, train_dataset=rows, processing_class=tokenizer).train()
+        SourceTrainer(
+            copy.deepcopy(start), args, train_dataset=rows, processing_class=tokenizer, callbacks=list(callbacks)
+        ).train()
         records[number] = TrainingRecord.load(args.record_dir)
     return records
 
