@@ -230,7 +230,7 @@ def content_fingerprint(dataset: Dataset | Sequence[Mapping[str, Any]]) -> str:
 
 def _hash_column(digest: Any, column: pa.Array) -> None:
     lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    if any(is_kind(column.type) for is_kind in lists):
+    while any(is_kind(column.type) for is_kind in lists):  # choices of a row are lists of lists
         digest.update(np.asarray(pc.list_value_length(column), dtype=np.int64).tobytes())
         column = column.flatten()
     kind = np.float64 if pa.types.is_floating(column.type) else np.int64

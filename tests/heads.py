@@ -21,7 +21,18 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+)
 
 from hf_source import SourceTrainer, TrainingRecord
 
@@ -44,6 +55,18 @@ def tiny_vit(dtype: torch.dtype = torch.float32) -> ViTForImageClassification:
     image = {"image_size": 4, "patch_size": 2, "num_channels": 1, "num_labels": 3}
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.3}
     return ViTForImageClassification(ViTConfig(**sizes | image | off)).to(dtype)
+
+
+def tiny_wav2vec2(dtype: torch.dtype = torch.float32, reduction: str = "sum") -> Wav2Vec2ForCTC:
+    """A speech model of one convolution and one layer for 80 samples, without dropout or masking."""
+    torch.manual_seed(0)
+    conv = {"conv_dim": (8,), "conv_stride": (8,), "conv_kernel": (8,), "num_feat_extract_layers": 1}
+    position = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    places = ("hidden", "activation", "attention", "feat_proj", "final")
+    off = {f"{place}_dropout": 0.0 for place in places} | {"layerdrop": 0.0, "mask_time_prob": 0.0}
+    words = {"vocab_size": 5, "pad_token_id": 0, "ctc_loss_reduction": reduction, "initializer_range": 0.3}
+    return Wav2Vec2ForCTC(Wav2Vec2Config(**conv | position | sizes | off | words)).to(dtype)
 
 
 class Perceptron(nn.Module):
@@ -81,6 +104,43 @@ def _points(labels: Callable[[torch.Tensor], Any]) -> Dataset:
     return Dataset.from_dict({"features": features.tolist(), "labels": [labels(row) for row in features]})
 
 
+def _tokens() -> Dataset:
+    rows = texts(lambda r: 0).remove_columns("labels")
+    return rows.add_column("labels", [[-100, *(int(t > 9) for t in r[1:])] for r in rows["input_ids"]])
+
+
+def _masked() -> Dataset:
+    """Rows masked once, as the refusal of random masks asks for."""
+    rows = texts(lambda r: 0).remove_columns("labels")
+    shown = [[19 if i in (1, 3) else t for i, t in enumerate(r)] for r in rows["input_ids"]]
+    asked = [[t if i in (1, 3) else -100 for i, t in enumerate(r)] for r in rows["input_ids"]]
+    return Dataset.from_dict({"input_ids": shown, "labels": asked})
+
+
+def _choices() -> Dataset:
+    ids = torch.randint(1, 20, (12, 3, 5), generator=torch.Generator().manual_seed(1))
+    return Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids[:, :, 0].argmax(dim=1).tolist()})
+
+
+def _answers() -> Dataset:
+    ids = torch.tensor(texts(lambda r: 0)["input_ids"])
+    starts = ids.argmax(dim=1)
+    ends = torch.maximum(starts, ids.argmin(dim=1))
+    starts[4] = ends[4] = 50  # cut off
+    return Dataset.from_dict(
+        {"input_ids": ids.tolist(), "start_positions": starts.tolist(), "end_positions": ends.tolist()}
+    )
+
+
+def _speech() -> Dataset:
+    generator = torch.Generator().manual_seed(1)
+    sounds = torch.randn(12, 80, generator=generator)
+    words = torch.randint(1, 5, (12, 3), generator=generator).tolist()
+    return Dataset.from_dict(
+        {"input_values": sounds.tolist(), "labels": [w if i % 3 else [*w[:2], -100] for i, w in enumerate(words)]}
+    )
+
+
 @dataclass(frozen=True)
 class Head:
     """A model, its rows, and the kind that the recorder must find."""
@@ -103,6 +163,12 @@ HEADS = {
     "regression": Head(
         lambda d: tiny_bert(dtype=d, num_labels=1), lambda: texts(lambda r: float(r[0]) / 9), "regression"
     ),
+    "tokens": Head(lambda d: tiny_bert(BertForTokenClassification, d, num_labels=2), _tokens, "classification"),
+    "masked": Head(lambda d: tiny_bert(BertForMaskedLM, d), _masked, "classification"),
+    "choices": Head(lambda d: tiny_bert(BertForMultipleChoice, d), _choices, "classification"),
+    "answers": Head(lambda d: tiny_bert(BertForQuestionAnswering, d), _answers, "question_answering"),
+    "speech": Head(tiny_wav2vec2, _speech, "ctc"),
+    "speech-mean": Head(lambda d: tiny_wav2vec2(d, "mean"), _speech, "ctc"),
     "image": Head(tiny_vit, _images, "classification"),
     "own-regression": Head(
         lambda d: Perceptron().to(d), lambda: _points(lambda r: float(r[0] * r[1])), "regression", own=True

@@ -13,7 +13,7 @@
 # limitations under the License.
 """Per-row gradients of every trainable parameter."""
 
-from .heads import ClassificationTask, HeadTask, MultiLabelTask, RegressionTask
+from .heads import ClassificationTask, HeadTask, MultiLabelTask, QuestionAnsweringTask, RegressionTask
 from .measurement import (
     MEASUREMENTS,
     AbsoluteError,
@@ -29,10 +29,13 @@ from .measurement import (
 from .preference import DPOTask, PairTask, RewardTask
 from .rows import Pass, RowGradients
 from .selection import is_known, task_for
+from .speech import CTCTask
 from .task import CausalLMTask, RowLossTask, Seq2SeqTask, Task, batch_to, labels_of, task_labels
 
 
 __all__ = [
+    "CTCTask",
+    "QuestionAnsweringTask",
     "AbsoluteError",
     "CausalLMTask",
     "ClassificationTask",

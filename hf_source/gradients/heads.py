@@ -28,9 +28,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import DataCollatorWithPadding, default_data_collator
+from transformers import (
+    DataCollatorForMultipleChoice,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    default_data_collator,
+)
 
-from ..data import ROW
+from ..data import IGNORE_INDEX, ROW
 from ..errors import ConfigError
 from .task import Batch, RowLossTask, drawn, token_losses
 
@@ -58,6 +63,9 @@ class HeadTask(RowLossTask):
         self.collator_name = collator
         self.sequences_per_row = sequences_per_row
 
+    summed = False
+    """Whether the head adds its items up, instead of taking their mean over a batch."""
+
     def forward(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Logits or predictions of a batch; the first axis is the row."""
         return predictions_of(model, batch)
@@ -80,7 +88,7 @@ class HeadTask(RowLossTask):
     def length(self, row: Mapping[str, Any]) -> int:
         """Tokens of a row, or its numbers by the thousand: the activations of an image are fewer than its pixels."""
         if "input_ids" in row:
-            return max(1, len(row["input_ids"]))
+            return max(1, _numel(row["input_ids"]))
         return max([1, *(_numel(value) // 1000 for value in row.values() if isinstance(value, list))])
 
     def collator(self, processing_class: Any) -> Callable[[list], Batch]:
@@ -102,6 +110,8 @@ COLLATORS: dict[str, Callable[[Any], Callable[[list], Batch]]] = {
     "default_data_collator": lambda processing_class: default_data_collator,
     "DefaultDataCollator": lambda processing_class: default_data_collator,
     "DataCollatorWithPadding": DataCollatorWithPadding,
+    "DataCollatorForTokenClassification": DataCollatorForTokenClassification,
+    "DataCollatorForMultipleChoice": DataCollatorForMultipleChoice,
 }
 """Collators that only pad and stack, by name; called with the tokenizer."""
 
@@ -142,6 +152,38 @@ class ClassificationTask(HeadTask):
     def sample_labels(self, outputs: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Each label drawn from the softmax of its logits; shape and masking of `labels`."""
         return drawn(*self.predictions(outputs, labels), generator).view_as(labels)
+
+
+class QuestionAnsweringTask(ClassificationTask):
+    """The first and the last token of an answer: two items of a row, each a class out of the row's tokens.
+
+    A position beyond the tokens asks nothing, as in transformers' head, which averages first and last tokens apart:
+    that is the mean over items where a row lacks both or none.
+    """
+
+    def reads(self, model: torch.nn.Module, batch: Batch) -> bool:
+        """Whether a batch holds positions."""
+        return "start_positions" in batch and "end_positions" in batch
+
+    def forward(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Logits of first and last token, float `[rows, 2, tokens]`."""
+        outputs = model(**model_inputs(model, batch))
+        return torch.stack([outputs["start_logits"], outputs["end_logits"]], dim=1)
+
+    def labels(self, batch: Batch) -> torch.Tensor:
+        """First and last token, int64 `[rows, 2]`, -100 where there is none."""
+        tokens = batch["input_ids"].shape[1]
+        both = [batch[name].reshape(-1).clamp(0, tokens) for name in ("start_positions", "end_positions")]
+        labels = torch.stack(both, dim=1)
+        return labels.masked_fill(labels == tokens, IGNORE_INDEX)
+
+    def fits(self, outputs: torch.Tensor, labels: torch.Tensor) -> bool:
+        """Positions say it."""
+        return True
+
+    def count_items(self, row: Mapping[str, Any]) -> int:
+        """Positions among the row's tokens."""
+        return sum(row[name] < len(row["input_ids"]) for name in ("start_positions", "end_positions"))
 
 
 class MultiLabelTask(HeadTask):
@@ -199,12 +241,8 @@ class RegressionTask(HeadTask):
         return drawn_labels.to(labels.dtype if labels.is_floating_point() else outputs.dtype)
 
 
-def predictions_of(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """What a model predicts for a batch, without its loss.
-
-    Labels are left out, unless the model's `forward` asks for them. A model of one's own may return a tensor, a tuple
-    (its loss first, where it had labels) or a dictionary (`logits`, or its first tensor but `loss`), as for Trainer.
-    """
+def model_inputs(model: torch.nn.Module, batch: Batch) -> dict[str, Any]:
+    """What a model is given of a batch: no labels, unless its `forward` asks for them, and its own precision."""
     accepted = inspect.signature(model.forward).parameters
     wanted = {name: p.default is inspect.Parameter.empty for name, p in accepted.items()}
     dtype = next(model.parameters()).dtype
@@ -215,6 +253,16 @@ def predictions_of(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     }
     if "use_cache" in accepted:
         inputs["use_cache"] = False
+    return inputs
+
+
+def predictions_of(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """What a model predicts for a batch, without its loss.
+
+    A model of one's own may return a tensor, a tuple (its loss first, where it had labels) or a dictionary (`logits`,
+    or its first tensor but `loss`), as for the Trainer.
+    """
+    inputs = model_inputs(model, batch)
     outputs = model(**inputs)
     if isinstance(outputs, Mapping):
         if "logits" in outputs:

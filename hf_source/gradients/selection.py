@@ -17,8 +17,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import UnsupportedError
-from .heads import ClassificationTask, MultiLabelTask, RegressionTask
+from .heads import ClassificationTask, MultiLabelTask, QuestionAnsweringTask, RegressionTask
 from .preference import DPOTask, RewardTask
+from .speech import CTCTask
 from .task import CausalLMTask, Seq2SeqTask, Task
 
 
@@ -30,6 +31,8 @@ TASKS: dict[str, Callable[[Mapping[str, Any]], Task]] = {
     "seq2seq_lm": lambda settings: Seq2SeqTask(**settings),
     "reward": RewardTask,
     "dpo": DPOTask,
+    "ctc": lambda settings: CTCTask(**settings),
+    "question_answering": lambda settings: QuestionAnsweringTask(**settings),
     "classification": lambda settings: ClassificationTask(**settings),
     "multi_label": lambda settings: MultiLabelTask(**settings),
     "regression": lambda settings: RegressionTask(**settings),
@@ -37,7 +40,7 @@ TASKS: dict[str, Callable[[Mapping[str, Any]], Task]] = {
 """`loss["kind"]` of a stage to the task it trained on; called with the loss's recorded settings."""
 
 
-HEADS = ("classification", "multi_label", "regression")
+HEADS = ("ctc", "question_answering", "classification", "multi_label", "regression")
 """Tasks that are recognised by what the model's head computes of the first batch, in the order they are tried."""
 
 

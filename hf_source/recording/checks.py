@@ -197,7 +197,9 @@ def has_router_loss(model: torch.nn.Module) -> bool:
 
 def has_dropout(model: torch.nn.Module) -> bool:
     """Whether any module drops activations, or whole layers, in training."""
-    return any(drops(module) for module in model.modules())
+    config = getattr(plain_model(model), "config", None)
+    masks = getattr(config, "apply_spec_augment", False) and (config.mask_time_prob or config.mask_feature_prob)
+    return bool(masks) or any(drops(module) for module in model.modules())
 
 
 def drops(module: torch.nn.Module) -> bool:

@@ -26,6 +26,7 @@ import torch
 from accelerate.logging import get_logger
 
 from ..data import ROW
+from .models import plain_model
 from .smoothing import label_smoothing
 
 
@@ -51,6 +52,9 @@ def recognise_head(trainer: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return {"kind": HEAD, "reason": reason}
     model.eval()  # training_step sets it back
     inputs = trainer._prepare_inputs(dict(inputs))
+    ids = inputs.get("input_ids")
+    if ids is not None and ids.dim() == 3:  # choices
+        settings["sequences_per_row"] = ids.shape[1]
     if epsilon := label_smoothing(trainer):
         settings["label_smoothing"] = epsilon
     with trainer.compute_loss_context_manager():
@@ -58,7 +62,8 @@ def recognise_head(trainer: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
         for kind in HEADS:
             if epsilon and kind != "classification":
                 continue
-            task = TASKS[kind](settings)
+            own = settings | (_ctc_settings(model) if kind == "ctc" else {})
+            task = TASKS[kind](own)
             if not task.reads(model, inputs):
                 continue
             labels = task_labels(task, inputs)
@@ -66,9 +71,9 @@ def recognise_head(trainer: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
             if not task.fits(outputs, labels):
                 continue
             items = int(task.num_items(labels).sum())
-            found = float(task.row_losses(outputs, labels).sum()) / max(items, 1)
+            found = float(task.row_losses(outputs, labels).sum()) / (1 if task.summed else max(items, 1))
             if abs(found - loss) <= _tolerance(trainer) * max(abs(loss), 1e-3):
-                return {"kind": kind, "settings": settings, "reason": None}
+                return {"kind": kind, "settings": own, "reason": None}
     name = type(getattr(model, "module", model)).__name__
     return {
         "kind": str(getattr(model, "loss_type", None)),
@@ -85,6 +90,15 @@ def _settings(trainer: Any) -> dict[str, Any]:
         columns = sorted({name for name in trainer._signature_columns if name != ROW})
     named = collator if hasattr(collator, "__qualname__") else type(collator)
     return {"columns": columns, "collator": f"{named.__module__}.{named.__qualname__}"}
+
+
+def _ctc_settings(model: torch.nn.Module) -> dict[str, Any]:
+    config = getattr(plain_model(model), "config", None)
+    return {
+        "blank": getattr(config, "pad_token_id", None) or 0,
+        "reduction": getattr(config, "ctc_loss_reduction", "sum"),
+        "zero_infinity": bool(getattr(config, "ctc_zero_infinity", False)),
+    }
 
 
 def _draws_labels(collator: Any) -> str | None:

@@ -209,7 +209,8 @@ class RecordingMixin:
             self._loss_divides_by_count = self._divides_by_count(inputs, num_items_in_batch)
         by_count = scaled and self._loss_divides_by_count is not False
         self._recorder.writer.stage["loss"]["normalization"] = "tokens" if by_count else "micro_batch_mean"
-        normalizer = num_items_in_batch if by_count else items
+        summed = self._head is not None and self._head.summed  # the micro-batch's losses are divided by nothing
+        normalizer = num_items_in_batch if by_count else 1 if summed else items
         if not scaled:
             normalizer = normalizer * self.current_gradient_accumulation_steps
         # Gradients are averaged over processes. Trainer.compute_loss undoes that where it counted items over all.

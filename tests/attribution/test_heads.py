@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
+from transformers import BertForMaskedLM, DataCollatorForLanguageModeling
 
 from hf_source import Queries, SourceAttributor, SourceTrainer, TrainingRecord
 from hf_source.errors import ConfigError, UnsupportedError
@@ -24,8 +25,8 @@ from hf_source.evaluation import losses_of, retrain, retrain_in_chunks
 from hf_source.gradients import task_for
 from hf_source.recording import replay
 
-from ..cases import config
-from ..heads import HEADS, Perceptron, train_head
+from ..cases import byte_tokenizer, config
+from ..heads import HEADS, Perceptron, tiny_bert, train_head
 
 
 def maker(name):
@@ -37,12 +38,12 @@ def attributor(record, name, **settings):
     return SourceAttributor(record, model=maker(name), num_samples=256, progress=False, **settings)
 
 
-def truth(record, name, rows, measurement="loss"):
-    """Change of each query's measurement when each row is left out: `[queries, rows]`."""
+def truth(record, name, rows, measurement="loss", share=1.0):
+    """Change of each query's measurement when a share of each row is left out, per row: `[queries, rows]`."""
     stage = record.stages[0]
-    keep = np.concatenate([np.ones((1, 12), dtype=bool), ~np.eye(12, dtype=bool)])
+    keep = np.concatenate([np.ones((1, 12)), 1 - share * np.eye(12)])
     found = retrain_in_chunks(stage, stage.rows(), keep, rows, measurement=measurement, model=maker(name))
-    return (found[1:] - found[:1]).T
+    return (found[1:] - found[:1]).T / share
 
 
 def agreement(scores, actual):
@@ -52,7 +53,7 @@ def agreement(scores, actual):
     return np.mean([spearmanr(*pair).statistic for pair in zip(scores, actual, strict=True)]), same
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", [name for name in HEADS if name != "masked"])
 def test_scores_agree_with_leaving_rows_out(tmp_path, name):
     record = train_head(tmp_path, name)
     stage = record.stages[0]
@@ -60,9 +61,23 @@ def test_scores_agree_with_leaving_rows_out(tmp_path, name):
     queries = Queries.from_rows(HEADS[name].rows().select(range(4)))
     scores = attributor(record, name).scores(None, queries)
     rank, sign = agreement(scores, truth(record, name, queries.rows))
-    assert rank > 0.85 and sign > 0.9
+    assert rank > 0.85 and sign > 0.9, (rank, sign)
     given = attributor(record, name).scores(HEADS[name].rows(), queries)
     np.testing.assert_array_equal(scores, given)
+
+
+def test_masked_words_have_the_derivative_of_their_training(tmp_path):
+    """This run bends too much for any derivative to tell what a whole row does (the exact one ranks with .44).
+
+    So a hundredth of a row is left out, which the exact derivative must tell, and Source the sign of.
+    """
+    record = train_head(tmp_path, "masked")
+    queries = Queries.from_rows(HEADS["masked"].rows().select(range(4)))
+    actual = truth(record, "masked", queries.rows, share=0.01)
+    rank, sign = agreement(attributor(record, "masked", method="unrolled").scores(None, queries), actual)
+    assert rank > 0.98 and sign > 0.95, (rank, sign)
+    rank, sign = agreement(attributor(record, "masked").scores(None, queries), actual)
+    assert rank > 0.5 and sign > 0.85, (rank, sign)
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -86,7 +101,7 @@ def test_measurements_agree_with_leaving_rows_out(tmp_path, name, measurement):
     queries = Queries.from_rows(HEADS[name].rows().select(range(4)))
     scores = attributor(record, name, measurement=measurement).scores(None, queries)
     rank, sign = agreement(scores, truth(record, name, queries.rows, measurement))
-    assert rank > 0.85 and sign > 0.9
+    assert rank > 0.85 and sign > 0.9, (rank, sign)
     assert not np.allclose(scores, attributor(record, name).scores(None, queries), rtol=0.05)
 
 
@@ -123,3 +138,16 @@ def test_a_head_with_a_loss_of_its_own_is_refused(tmp_path, caplog):
     record = TrainingRecord.load(tmp_path / "record")
     with pytest.raises(UnsupportedError, match="The loss of a row in stage .* is not known (?s:.*)RowLossTask"):
         attributor(record, "own-classes").scores(rows, Queries.from_rows(rows))
+
+
+def test_masks_that_are_drawn_at_each_visit_are_refused(tmp_path):
+    """The record does not hold which words were masked; the refusal says to mask each row once."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=True)
+    rows = HEADS["masked"].rows().remove_columns("labels")
+    model = tiny_bert(BertForMaskedLM, vocab_size=300)
+    SourceTrainer(model, config(tmp_path), train_dataset=rows, data_collator=collator).train()
+    record = TrainingRecord.load(tmp_path / "record")
+    with pytest.raises(UnsupportedError, match="masks other tokens of a row at each visit.*Mask each row once"):
+        attributor(record, "masked").scores(None, Queries.from_rows(HEADS["masked"].rows()))

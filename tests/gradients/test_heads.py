@@ -39,7 +39,9 @@ def engine(name):
     """Model, task and one batch of all rows, float64."""
     head = HEADS[name]
     model = head.model(torch.float64).eval()
-    task = TASKS[head.kind]({})
+    settings = {"sequences_per_row": 3} if name == "choices" else {}
+    settings |= {"reduction": "mean"} if name == "speech-mean" else {}
+    task = TASKS[head.kind](settings)
     rows = head.rows()
     return model, task, default_data_collator([rows[i] for i in range(len(rows))])
 
@@ -62,7 +64,8 @@ def test_row_gradients_add_up_to_the_models_own_loss(name):
     items = task.num_items(task_labels(task, batch))
     cast = {key: v.double() if v.is_floating_point() else v for key, v in batch.items()}
     assert len(got) == len(items) == 12
-    for rows, want in [(slice(0, 12), got.sum(dim=0) / items.sum()), (slice(3, 4), got[3] / items[3])]:
+    whole = 1 if task.summed else items.sum()
+    for rows, want in [(slice(0, 12), got.sum(dim=0) / whole), (slice(3, 4), got[3] / items[3])]:
         outputs = model(**{key: value[rows] for key, value in cast.items()})
         loss = outputs[0] if isinstance(outputs, tuple) else outputs.loss
         found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
@@ -169,3 +172,34 @@ def test_measurements_are_told_apart_where_results_are_kept():
     given = ["margin", "log-probability", LogitDifference(), LogitDifference(answer=1), LogitDifference(other=1)]
     assert len({str(describe(measured(task, measurement))) for measurement in given}) == len(given)
     assert describe(measured(task, Margin())) == describe(measured(task, "margin"))
+
+
+def test_a_drawn_sequence_follows_the_probability_of_ctc():
+    """40,000 draws against `p` of every sequence of up to two tokens in three frames; errors are binomial."""
+    logits = torch.randn(1, 3, 3, dtype=torch.float64)
+    outputs = torch.cat([logits, torch.ones(1, 3, 1).double()], dim=-1)
+    task = TASKS["ctc"]({})
+    many = outputs.expand(40_000, -1, -1)
+    drawn = task.sample_labels(many, torch.ones(40_000, 2, dtype=torch.int64), torch.Generator().manual_seed(0))
+    assert (drawn[:, -1] == -1).all()
+    for sequence in ([], [1], [2], [1, 2], [2, 1], [1, 1]):
+        padded = sequence + [-100] * (3 - len(sequence))
+        p = float(torch.exp(-task.row_losses(outputs, torch.tensor([[*padded, 1]]))))
+        found = float((drawn[:, :-1] == torch.tensor(padded)).all(dim=1).double().mean())
+        assert found == pytest.approx(p, abs=4 * (p * (1 - p) / 40_000) ** 0.5 + 1e-9)
+
+
+def test_the_fisher_of_ctc_is_that_of_the_mean():
+    """Drawn gradients have mean 0, and their square is `1 / n` of the undivided one's, `n` the row's own length."""
+    logits = torch.randn(1, 4, 3, dtype=torch.float64)
+    outputs = torch.cat([logits, torch.ones(1, 4, 1).double()], dim=-1).expand(20_000, -1, -1)
+    squares = {}
+    for reduction, last in (("sum", 1), ("mean", 2)):
+        task = TASKS["ctc"]({"reduction": reduction})
+        labels = torch.tensor([[1, 2, last]]).expand(20_000, -1)
+        drawn = task.sample_labels(outputs, labels, torch.Generator().manual_seed(0))
+        leaf = outputs.clone().requires_grad_(True)
+        (grads,) = torch.autograd.grad(task.row_losses(leaf, drawn).sum(), leaf)
+        assert grads.mean(dim=0).abs().max() < 0.03
+        squares[reduction] = grads.flatten(1).square().mean(dim=0)
+    torch.testing.assert_close(squares["mean"], squares["sum"] / 2)
