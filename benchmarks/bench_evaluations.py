@@ -23,8 +23,11 @@ Every retraining has the run's own order and is kept, so that an interrupted run
 * agreement with the exact derivative (`unrolled`), over all rows of 5 queries,
 * mislabelled rows: 10 % of the rows end in the answer of another row of the same relation; self-influence and loss.
 
-    OMP_NUM_THREADS=1 nice -n 15 python benchmarks/bench_evaluations.py       # writes benchmarks/evaluations.json
-    python benchmarks/bench_evaluations.py --only "tail patch"                # parts, by name; others are kept
+    OMP_NUM_THREADS=1 nice -n 15 python benchmarks/bench_evaluations.py --keep runs/evaluations
+    python benchmarks/bench_evaluations.py --keep runs/evaluations --only "tail patch"    # parts, by name
+
+writes `benchmarks/evaluations.json`, part by part, and goes on from the records and retrainings that it keeps. A part
+that is run again replaces its own figures and leaves the others. `seconds` are of the machine as busy as it was.
 """
 
 import argparse
@@ -32,6 +35,7 @@ import copy
 import random
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +75,7 @@ LABELLED = {
     "bm25": {"method": "bm25"},
 }
 NATS = [label for label, settings in LABELLED.items() if METHODS[settings.get("method", "source")].nats]
-SEGMENTS, SIZES, FEW, WRONG = 3, (1, 5), 5, 0.1
+SEGMENTS, WRONG, FEW = 3, 0.1, [0, 5, 10, 15, 20]
 
 
 class Run:
@@ -79,7 +83,7 @@ class Run:
 
     Args:
         folder: for records.
-        start: the pretrained model.
+        start: makes the pretrained model.
         tokenizer: its own.
         rows: texts.
         name: of the record.
@@ -95,8 +99,9 @@ class Run:
             **FINETUNING,
             **QUIET,
         )
-        texts = rows.select_columns("text")
-        SourceTrainer(copy.deepcopy(start), args, train_dataset=texts, processing_class=tokenizer).train()
+        if not Path(args.record_dir, "record.json").exists():
+            texts = rows.select_columns("text")
+            SourceTrainer(copy.deepcopy(start()), args, train_dataset=texts, processing_class=tokenizer).train()
         self.record = TrainingRecord.load(args.record_dir)
 
     def attributor(self, **settings) -> SourceAttributor:
@@ -133,7 +138,11 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", default=[""], help="parts to run, by a piece of the name; others are kept"
     )
-    parser.add_argument("--cache", type=Path, help="folder of finished retrainings, to go on after an interruption")
+    parser.add_argument("--methods", nargs="+", default=[""], help="methods, by a piece of the name")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[1, 5], help="rows that subset removal removes")
+    parser.add_argument("--removal-queries", type=int, default=24, help="queries of subset removal")
+    parser.add_argument("--top-only", action="store_true", help="subset removal without lowest and matched rows")
+    parser.add_argument("--keep", type=Path, help="folder of records and finished retrainings, to go on from")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("evaluations.json"))
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -155,38 +164,43 @@ def main() -> None:
             print(entry.evaluation, "|", entry.method, "|", entry.measure, "|", entry.interval, flush=True)
         report.to_json(args.out)
 
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.keep or Path(temporary)
         before, after, asked = facts()
         tokenizer = train_tokenizer([f.statement + f.completion for f in before[:3000] + after], 512)
-        start = pretrained("facts", tokenizer, [f.statement + f.completion for f in before], folder)
+        start = cache(lambda: pretrained("facts", tokenizer, [f.statement + f.completion for f in before], folder))
         rows = with_text(rows_of(after))
         run = Run(folder, start, tokenizer, rows, "facts")
         queries = Queries.from_text([f.statement for f in asked], [f.completion for f in asked]).encode(tokenizer)
-        few = queries.select(list(range(0, 24, 5))[:FEW])
-        cache = args.cache or folder / "cache"
+        places = list(range(0, 24, 24 // args.removal_queries))
+        few, some = queries.select(FEW), queries.select(places)
         retraining = {
-            name: StackedRetraining(run.record, own, chunk=32, cache=cache, progress=False)
-            for name, own in (("all", queries), ("few", few))
+            name: StackedRetraining(run.record, own, chunk=32, cache=folder / "cache", progress=False)
+            for name, own in (("some", some), ("few", few))
         }
         scores, few_scores, seconds = {}, {}, {}
         for label, chosen in LABELLED.items():
+            if not any(text in label for text in args.methods):
+                continue
             begun = time.perf_counter()
             scores[label] = run.attributor(**chosen).scores(None, queries)
             seconds[label] = round(time.perf_counter() - begun, 1)
-            few_scores[label] = scores[label][list(range(0, 24, 5))[:FEW]]
+            few_scores[label] = scores[label][FEW]
         if wanted("tail patch"):
             found = tail_patch(run.attributor(), queries, scores, k=(1, 10))
             save(tail_patch_entries(found, queries.names, "", seconds))
-        if wanted("leave one out"):
+        left, agreed = wanted("leave one out"), wanted("agreement with unrolled")
+        if left or agreed:
             begun = time.perf_counter()
             exact = run.attributor(method="unrolled").scores(None, few)
-            found = leave_one_out(retraining["few"], {**few_scores, "unrolled": exact}, chosen_by="stepwise")
             taken = {**seconds, "unrolled": round(time.perf_counter() - begun, 1)}
+        if left:
+            judge = "stepwise" if "stepwise" in few_scores else None
+            found = leave_one_out(retraining["few"], {**few_scores, "unrolled": exact}, chosen_by=judge)
             save(leave_one_out_entries(found, few.names, "", taken, [*NATS, "unrolled"]))
-            if wanted("agreement with unrolled"):
-                each = {label: agreement(own, exact, k=(10,)) for label, own in few_scores.items()}
-                save(agreement_entries(each, few.names, "", seconds, NATS))
+        if agreed:
+            each = {label: agreement(own, exact, k=(10,)) for label, own in few_scores.items()}
+            save(agreement_entries(each, few.names, "", seconds, NATS))
         if wanted("mislabelled rows"):
             broken = with_text(corrupt_labels(rows_of(after), WRONG, column="completion", within="relation"))
             wrong = Run(folder, start, tokenizer, broken, "wrong")
@@ -203,11 +217,14 @@ def main() -> None:
             judged = {name: find_mislabelled(own, known, k=(10, 50)) for name, own in lists.items()}
             save(mislabelled_entries(judged, "", taken))
         if wanted("subset removal"):
-            found = subset_removal(retraining["all"], scores, k=SIZES, bottom=False)
-            save(removal_entries(found, queries.names, "", seconds))
-            found = subset_removal(retraining["all"], scores, k=SIZES[-1:], column=rows["relation"], num_matched=1)
-            found = [one for one in found if one.direction in ("bottom", "matched")]
-            save(removal_entries(found, queries.names, "", seconds))
+            asked = {label: own[places] for label, own in scores.items()}
+            found = subset_removal(retraining["some"], asked, k=args.sizes, bottom=False)
+            save(removal_entries(found, some.names, "", seconds))
+            if not args.top_only:
+                relation = {"column": rows["relation"], "num_matched": 1}
+                found = subset_removal(retraining["some"], asked, k=args.sizes[-1:], **relation)
+                found = [one for one in found if one.direction in ("bottom", "matched")]
+                save(removal_entries(found, some.names, "", seconds))
 
 
 if __name__ == "__main__":
