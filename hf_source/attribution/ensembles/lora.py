@@ -23,6 +23,9 @@ the rows of one stage from that stage's final weights.
   adapter's have no learning rates, preconditioners or visits. If it follows the run, as `source` does, its members see
   the weights of every segment moved by the adapter.
 
+For a small model trained from scratch the adapters' gradients predicted retraining worse than the recorded parameters'
+own (`benchmarks/bench_ensembles.py`).
+
 Adapters are hooks on the recorded model, so quantised layers and stages that trained adapters of their own take them.
 """
 
