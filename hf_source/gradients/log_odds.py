@@ -17,6 +17,7 @@ import torch
 
 from ..data import IGNORE_INDEX
 from ..errors import UnsupportedError
+from .heads import ClassificationTask
 from .preference import PairTask
 from .task import Batch, CausalLMTask, RowLossTask, Seq2SeqTask, Task
 
@@ -36,7 +37,9 @@ class LogOdds(RowLossTask):
     """
 
     def __init__(self, task: Task) -> None:
-        if not isinstance(task, (CausalLMTask, Seq2SeqTask, PairTask)) and not hasattr(task, "log_odds"):
+        if not isinstance(task, (CausalLMTask, Seq2SeqTask, ClassificationTask, PairTask)) and not hasattr(
+            task, "log_odds"
+        ):
             raise UnsupportedError(
                 f"The loss of {type(task).__name__} need not be the probability of a right answer, and TRAK takes "
                 "its log-odds: give the task a method `log_odds(outputs, labels) -> [rows]`, or set output='loss'."
@@ -68,7 +71,7 @@ class LogOdds(RowLossTask):
 
     def _odds(self, outputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`f` of each item and which items there are, both `[rows, items]`."""
-        if isinstance(self.task, CausalLMTask):
+        if isinstance(self.task, (CausalLMTask, ClassificationTask)):
             return _token_odds(*self.task.predictions(outputs, labels))
         if isinstance(self.task, Seq2SeqTask):
             return _token_odds(outputs, labels)

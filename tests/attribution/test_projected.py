@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 
 from hf_source import Queries, RowLossTask, SourceAttributor, SourceTrainer, TrainingRecord
 from hf_source.errors import ConfigError, UnsupportedError
-from hf_source.gradients import RewardTask, Seq2SeqTask
+from hf_source.gradients import ClassificationTask, RewardTask, Seq2SeqTask
 from hf_source.gradients.log_odds import LogOdds
 from hf_source.gradients.projection import matrix_shape
 
@@ -156,6 +156,17 @@ def test_log_odds_do_not_round_away():
     labels = torch.tensor([[3, -100]])
     assert float(task.row_losses(logits, labels)) == pytest.approx(-(40 - np.log(4)), rel=1e-6)
     assert task.complements(logits, labels)[0].tolist() == pytest.approx([4 * np.exp(-40), 1], rel=1e-4)
+
+
+def test_log_odds_of_a_class_are_its_margin():
+    logits, labels = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 2, 1, 1, -100])
+    right = logits.softmax(dim=1)[torch.arange(5), labels.clamp_min(0)]
+    task = LogOdds(ClassificationTask())
+    expected = torch.where(labels >= 0, torch.log1p(-right) - right.log(), 0)
+    torch.testing.assert_close(task.row_losses(logits, labels), expected)
+    found = task.complements(logits, labels)
+    torch.testing.assert_close(found[:4, 0], 1 - right[:4])
+    assert found[:, 1].tolist() == [1, 1, 1, 1, 0]
 
 
 def test_log_odds_of_a_pair_are_its_margin():
