@@ -77,7 +77,7 @@ def run(number: int, ridge: float):
         rows, queries = (export.padded(kind) for kind in ("rows", "queries"))
         traker = TRAKer(
             model, LanguageModelOutput(), train_set_size=len(rows["input_ids"]), save_dir=str(work / "trak"),
-            load_from_save_dir=False, device="cpu", use_half_precision=False, logging_level=logging.ERROR,
+            device="cpu", use_half_precision=False, logging_level=logging.ERROR,
         )  # fmt: skip
         chosen = [load(path).state_dict() for path in export.checkpoints[-number:]]
         for i, state in enumerate(chosen):
