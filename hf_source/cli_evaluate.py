@@ -13,6 +13,7 @@
 # limitations under the License.
 """`hf-source evaluate`: train a recorded run again without some of its rows, and say what the scores are worth."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,13 @@ import typer
 
 from .cli_errors import friendly_errors
 from .errors import ConfigError
+
+
+class RetrainingName(StrEnum):
+    """`--retraining`."""
+
+    stacked = "stacked"
+    trainer = "trainer"
 
 
 def evaluate(
@@ -54,6 +62,16 @@ def evaluate(
     fraction: Annotated[float | None, typer.Option(help="Share of rows left out.", show_default="0.02; 0.5")] = None,
     seeds: Annotated[int | None, typer.Option(help="Orders averaged over.", show_default="the run's; 5")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the subsets.", show_default="0")] = None,
+    retraining: Annotated[
+        RetrainingName,
+        typer.Option(help="stacked (many copies at once; small models) or trainer (a real Trainer for each)."),
+    ] = RetrainingName.stacked,
+    num_workers: Annotated[int, typer.Option(help="Processes, for --retraining trainer; 0 for this one.")] = 0,
+    training: Annotated[
+        Path | None,
+        typer.Option(help="YAML recipe that trains the stage, for --retraining trainer.", show_default="the record"),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="With --seeds: new initial weights, too.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Make the first ones, tell the time of all, and end.")] = False,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for report.json, report.md and report.html.")
@@ -82,14 +100,15 @@ def evaluate(
         chosen = labelled(methods or ["source"])
         attributor = _attributor(record, None, settings, {})
         asked = _queries(attributor, queries, prompt, completion, max_new_tokens)
+        chosen_again = {"stage": stage, "cache": cache, "fresh": fresh}
+        again = _retraining(attributor, attributor.encode(asked), retraining, num_workers, training, chosen_again)
         options = {
             "protocols": protocol or ["removal"],
-            "stage": stage,
             "num_subsets": num_subsets,
             "fraction": fraction,
             "num_seeds": seeds,
             "seed": seed,
-            "cache": cache,
+            "retraining": again,
         }
         if plan:
             typer.echo(str(plan_evaluation(attributor, asked, **options)))
@@ -98,6 +117,21 @@ def evaluate(
         Console().print(report.table())
         if out is not None:
             typer.echo(f"Wrote {report.write(out)}: report.json, report.md, report.html.")
+
+
+def _retraining(
+    attributor: Any, queries: Any, kind: RetrainingName, num_workers: int, recipe: Path | None, options: dict[str, Any]
+) -> Any:
+    from .evaluation.evaluate import stacked_for, trainer_for
+
+    if kind is RetrainingName.stacked:
+        if num_workers or recipe is not None:
+            raise ConfigError("--num-workers and --training belong to --retraining trainer.")
+        return stacked_for(attributor, queries, **options)
+    from .recipes import trainer_of
+
+    make_trainer = None if recipe is None else trainer_of(recipe)
+    return trainer_for(attributor, queries, num_workers=num_workers, make_trainer=make_trainer, **options)
 
 
 def labelled(given: list[str]) -> dict[str, dict[str, Any]]:

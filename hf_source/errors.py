@@ -32,3 +32,7 @@ class DataError(HFSourceError, ValueError):
 
 class UnsupportedError(HFSourceError):
     """Something cannot be attributed correctly, so it is refused rather than scored silently."""
+
+
+class RetrainingError(HFSourceError):
+    """A training that an evaluation needs came to nothing; the message says which, and how to go on."""

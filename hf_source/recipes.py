@@ -24,8 +24,9 @@ training: {output_dir: out/sft, record_dir: runs/capitals, stage: sft, learning_
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,31 @@ def train_from_recipe(recipe: Mapping[str, Any]) -> Path:
     return Path(args.record_dir)
 
 
+def trainer_of(path: str | Path, overrides: Sequence[str] = ()) -> Callable[[Any, int, str], Any]:
+    """A recipe as `make_trainer(dataset, seed, output_dir)`: how an evaluation trains its stage again on fewer rows.
+
+    Raises:
+        ConfigError: if the recipe lacks something or a setting is unknown.
+    """
+    recipe = read_recipe(path, overrides)
+    arguments_of(recipe)
+    return partial(_trainer, recipe=recipe)
+
+
+def _trainer(dataset: Any, seed: int, output_dir: str, *, recipe: Mapping[str, Any]) -> Any:
+    """An unrecorded Trainer of a recipe."""
+    from transformers import Trainer, set_seed
+
+    from .data import CausalLMCollator, prepare_rows
+
+    own = {"seed": seed, "output_dir": output_dir, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    args = arguments_of({**recipe, "training": {**recipe["training"], **own}})
+    set_seed(seed)  # the weights of a model from scratch, and of adapters
+    model, tokenizer = load_model(recipe)
+    rows = prepare_rows(dataset, tokenizer, args.max_length)
+    return Trainer(model, args, train_dataset=rows, data_collator=CausalLMCollator(tokenizer))
+
+
 def record_from_recipe(recipe: Mapping[str, Any], checkpoints: Sequence[str]) -> Any:
     """Rebuild the record of the run that a recipe describes from its checkpoints.
 
@@ -149,6 +175,18 @@ def _run_of(recipe: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
     """Settings, model, tokenizer and rows of a recipe."""
     from transformers import set_seed
 
+    args = arguments_of(recipe)
+    set_seed(args.seed)  # the weights of a model from scratch, and of adapters
+    model, tokenizer = load_model(recipe)
+    return args, model, tokenizer, load_rows(recipe["dataset"])
+
+
+def arguments_of(recipe: Mapping[str, Any]) -> Any:
+    """The `SourceConfig` of a recipe.
+
+    Raises:
+        ConfigError: if the recipe lacks something or a setting is unknown.
+    """
     from .recording import SourceConfig
 
     for key in ("dataset", "training"):
@@ -162,9 +200,7 @@ def _run_of(recipe: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
         args = SourceConfig(**{key: read_number(value) for key, value in recipe["training"].items()})
     except (TypeError, ValueError) as error:
         raise ConfigError(f"The `training` settings do not fit together: {_one_line(error)}") from error
-    set_seed(args.seed)  # the weights of a model from scratch, and of adapters
-    model, tokenizer = load_model(recipe)
-    return args, model, tokenizer, load_rows(recipe["dataset"])
+    return args
 
 
 def load_model(recipe: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -31,6 +31,7 @@ from .protocol import Retraining
 from .protocols import LDSProtocol, make_protocol
 from .report import Entry, Report
 from .stacked import StackedRetraining
+from .trained import TrainerRetraining
 
 
 Methods = Sequence[str] | Mapping[str, Mapping[str, Any]]
@@ -64,7 +65,8 @@ def evaluate(
         methods: names; or label -> settings of `SourceAttributor`, as in `{"source, n=512": {"num_samples": 512}}`.
             By default the attributor's own.
         stage: whose rows are left out and scored; may be left out if there is only one.
-        retraining: how training is done again; by default `StackedRetraining`.
+        retraining: how training is done again; by default `StackedRetraining`. A `TrainerRetraining` trains models
+            that are too large to be stacked, and packed rows, dropout and half precision as they were.
         num_subsets, fraction, num_seeds, seed: replace the settings of the protocols.
         num_bootstrap: draws for the intervals.
         cache: see `StackedRetraining`.
@@ -137,6 +139,18 @@ def stacked_for(attributor: SourceAttributor, queries: Queries, **options: Any) 
         queries,
         datasets=attributor.datasets,
         task={own.name: attributor.task_of(own) for own in attributor.record.stages},
+        measurement=attributor.measurement(queries),
+        data_collator=attributor.data_collator,
+        **options,
+    )
+
+
+def trainer_for(attributor: SourceAttributor, queries: Queries, **options: Any) -> TrainerRetraining:
+    """A `TrainerRetraining` with the attributor's own rows, measurement and collator."""
+    return TrainerRetraining(
+        attributor.record,
+        queries,
+        datasets=attributor.datasets,
         measurement=attributor.measurement(queries),
         data_collator=attributor.data_collator,
         **options,

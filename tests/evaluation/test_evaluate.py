@@ -224,6 +224,11 @@ def test_the_command(tmp_path):
     assert (tmp_path / "report" / "report.md").is_file() and (tmp_path / "report" / "report.html").is_file()
     halves = run("evaluate", record.path, *few, "--protocol", "halves", "--seeds", 2, "--methods", "bm25")
     assert "halves" in halves
+    trained = run(
+        "evaluate", record.path, *few, "--retraining", "trainer", "-m", "bm25", "--out", tmp_path / "trained"
+    )
+    assert "bm25" in trained
+    assert Report.from_json(tmp_path / "trained" / "report.json").settings["retraining"]["retraining"] == "trainer"
     top = run("top", record.path, "--queries", queries, "--num-samples", 8, "-k", 1, "-o", tmp_path / "top.html")
     assert f"LDS of {report.entries[0].value:.2f}" in " ".join(top.split())
     assert "Measured on this run" in (tmp_path / "top.html").read_text()
@@ -241,9 +246,14 @@ def test_the_command(tmp_path):
         (["--methods", "source:draws"], "not of the form key=value"),
         (["--protocol", "thirds"], "protocol='thirds' is unknown"),
         (["--methods", "sauce"], "method='sauce' is unknown"),
+        (["--num-workers", "2"], "belong to --retraining trainer"),
+        (["--retraining", "trainer", "--training", "none.yaml"], "no recipe none.yaml"),
+        (["--retraining", "trainer", "--num-workers", "-2"], "num_workers=-2"),
     ],
 )
-def test_the_command_refuses(record, arguments, said):
-    run = CliRunner().invoke(app, ["evaluate", str(record.path), "-p", "a", "-c", "b", *arguments])
+def test_the_command_refuses(record, tmp_path, arguments, said):
+    queries = tmp_path / "queries.jsonl"
+    asked().to_dataset().to_json(queries)
+    run = CliRunner().invoke(app, ["evaluate", str(record.path), "-q", str(queries), *arguments])
     assert run.exit_code != 0
     assert said in " ".join(run.output.split())

@@ -89,7 +89,7 @@ def replay(
     task = task_for(stage) if stage.loss["kind"] in ("reward", "dpo", *HEADS) else None
     if isinstance(task, DPOTask):
         rows.dataset = task.with_reference(rows.dataset, model, stage)
-    collator = _collator(stage, task, data_collator)
+    collator = collator_of(stage, task, data_collator)
     description = OptimizerDescription.from_dict(stage.optimizer)
     trained = _trained_parameters(stage, model)
     optimizer = build_optimizer(description, trained)
@@ -227,7 +227,7 @@ _RIGHT_PADDING = {
 """Collators that pad rows to the right and change nothing else."""
 
 
-def _collator(stage: StageRecord, task: RowLossTask | None, given: Any) -> Callable[[list], Mapping[str, Any]]:
+def collator_of(stage: StageRecord, task: RowLossTask | None, given: Any) -> Callable[[list], Mapping[str, Any]]:
     """What makes a batch of rows: the task's own way for pairs and heads, where no other is given."""
     if isinstance(task, PairTask):
         return task.collator(None)
