@@ -26,7 +26,7 @@ margin of the right class, or the absolute error.
 Retrainings and scores are kept in `--cache`, so that a broken run goes on where it was, and more seeds cost no scores;
 `--again` computes scores anew, which a change of the library asks for. `ceiling` is about what a perfect prediction of
 the expected measurement would reach with so few seeds. `members` are the LDS of an ensemble's single models, whose
-scores are averaged.
+scores are averaged; a line of one model is the first of them. The seconds in `paper.json` are of a busy machine.
 """
 
 import argparse
