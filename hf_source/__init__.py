@@ -28,6 +28,9 @@ _LAZY = {
     "number_rows": ".recording",
     "SourceAttributor": ".attribution",
     "Queries": ".attribution",
+    "Attribution": ".outputs.attribution_files",
+    "load_attribution": ".outputs.attribution_files",
+    "save_attribution": ".outputs.attribution_files",
     "RowLossTask": ".gradients",
     "CausalLMTask": ".gradients",
 }

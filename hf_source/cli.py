@@ -23,6 +23,7 @@ import typer
 from .cli_errors import friendly_errors
 from .cli_evaluate import evaluate
 from .cli_experiment import experiment_app
+from .cli_push import push
 from .cli_record import record_app
 from .errors import ConfigError
 
@@ -31,7 +32,7 @@ app = typer.Typer(
     help="Which training rows made the model say this, and in which stage?\n\n"
     "Start with `hf-source demo`. For your own model: `train` (or SourceTrainer in Python) leaves a training record; "
     "`generate` lets the model speak and writes queries; `plan` tells the cost; `attribute` writes the scores as "
-    "columns of the dataset; `top` shows the rows that matter.",
+    "columns of the dataset; `top` shows the rows that matter; `push` shares them on the Hub.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -40,6 +41,7 @@ app = typer.Typer(
 app.add_typer(record_app, name="record")
 app.add_typer(experiment_app, name="experiment")
 app.command()(evaluate)
+app.command()(push)
 
 
 class Method(StrEnum):

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A small stand-in for the Hub: what huggingface_hub calls to make, fill and read a model repository, over HTTP."""
+"""A small stand-in for the Hub: what huggingface_hub calls to make, fill and read a repository, over HTTP."""
 
 import base64
 import hashlib
@@ -31,7 +31,8 @@ class FakeHub:
 
     Attributes:
         url: of the server.
-        repositories: `"me/name"` -> `{"private", "branches": name -> commit, "commits": commit -> path -> content}`.
+        repositories: `"me/name"` of a model, `"datasets/me/name"` -> `{"private", "branches": name -> commit,
+            "commits": commit -> path -> content}`.
         requests: method and path of every request.
         tokens: every token that was sent.
     """
@@ -112,6 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
     def create(self) -> None:
         asked = json.loads(self.body)
         repo = f"{asked['organization']}/{asked['name']}"
+        repo = f"datasets/{repo}" if asked.get("type") == "dataset" else repo
         if not self.headers.get("Authorization"):
             return self._send(401, {"error": "Invalid username or password."})
         if repo in self.hub.repositories:
@@ -129,7 +131,15 @@ class _Handler(BaseHTTPRequestHandler):
         commit = repository and self._commit(repository, revision)
         if commit:
             siblings = [{"rfilename": name} for name in sorted(repository["commits"][commit])]
-            content = {"id": repo, "modelId": repo, "sha": commit, "private": repository["private"], "tags": []}
+            name = repo.removeprefix("datasets/")
+            content = {
+                "id": name,
+                "modelId": name,
+                "gated": repository.get("gated", False),
+                "sha": commit,
+                "private": repository["private"],
+                "tags": [],
+            }
             self._send(200, content | {"siblings": siblings})
 
     def tree(self, repo: str, revision: str) -> None:
@@ -216,16 +226,17 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, {"errors": [], "warnings": []})
 
 
-_REPO = r"(?P<repo>[^/]+/[^/]+)"
+_REPO = r"(?P<repo>(?:datasets/)?[^/]+/[^/]+)"
+_API = rf"/api/(?:models/)?{_REPO}"
 _ROUTES = [
     ("POST", r"/api/repos/create", _Handler.create),
     ("POST", r"/api/validate-yaml", _Handler.yaml),
-    ("GET", rf"/api/models/{_REPO}", _Handler.info),
-    ("GET", rf"/api/models/{_REPO}/revision/(?P<revision>.+)", _Handler.info),
-    ("GET", rf"/api/models/{_REPO}/tree/(?P<revision>[^/]+)/?", _Handler.tree),
-    ("POST", rf"/api/models/{_REPO}/branch/(?P<revision>.+)", _Handler.branch),
-    ("POST", rf"/api/models/{_REPO}/preupload/(?P<revision>.+)", _Handler.preupload),
-    ("POST", rf"/api/models/{_REPO}/commit/(?P<revision>.+)", _Handler.commit),
+    ("GET", rf"{_API}", _Handler.info),
+    ("GET", rf"{_API}/revision/(?P<revision>.+)", _Handler.info),
+    ("GET", rf"{_API}/tree/(?P<revision>[^/]+)/?", _Handler.tree),
+    ("POST", rf"{_API}/branch/(?P<revision>.+)", _Handler.branch),
+    ("POST", rf"{_API}/preupload/(?P<revision>.+)", _Handler.preupload),
+    ("POST", rf"{_API}/commit/(?P<revision>.+)", _Handler.commit),
     ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", _Handler.batch),
     ("PUT", r"/lfs/(?P<oid>\w+)", _Handler.upload),
     ("POST", r"/lfs-verify", _Handler.verify),

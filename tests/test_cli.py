@@ -29,7 +29,7 @@ from .cases import byte_tokenizer
 from .story import chats, facts, tell
 
 
-COMMANDS = ("demo", "train", "generate", "plan", "attribute", "top", "record")
+COMMANDS = ("demo", "train", "generate", "plan", "attribute", "top", "push", "record")
 FEW = ["--num-samples", "16"]
 ASKED = ["--prompt", "Peru:", "--completion", " Lima"]
 

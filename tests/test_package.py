@@ -67,6 +67,9 @@ def test_lazy_names_are_those_of_their_modules():
         "number_rows",
         "SourceAttributor",
         "Queries",
+        "Attribution",
+        "load_attribution",
+        "save_attribution",
         "RowLossTask",
         "CausalLMTask",
     }

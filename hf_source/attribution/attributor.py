@@ -55,7 +55,7 @@ from ..source import WalkSettings, self_influence
 from .ensembles import ENSEMBLES, check_agreement, make_ensemble, split_settings
 from .methods import METHODS
 from .plan import Plan, make_plan
-from .queries import Queries
+from .queries import Queries, same_queries
 from .rows import StageRows, collate
 
 
@@ -182,6 +182,8 @@ class SourceAttributor:
         self._rows: dict[str, StageRows] = {}
         self._walked: dict[str, dict[str, np.ndarray]] = {}
         self._walks: dict[str, Any] = {}
+        # The queries last attributed, and to which stages: what `push_to_hub` shares.
+        self.attributed: tuple[Queries, list[str]] | None = None
         # What a member of an ensemble changes of a model, and the parameters it chooses at the final weights.
         self._change_model: Callable[[nn.Module, StageRecord], None] | None = None
         self._choose_parameters: Callable[[nn.Module, list[str]], list[str]] | None = None
@@ -504,7 +506,15 @@ class SourceAttributor:
         record = self.record.stage(stage)
         rows = self.rows(record) if dataset is None else self.set_dataset(record.name, dataset)
         queries = self.encode(queries)
-        return rows.as_given(self._stage_scores(record, queries))
+        found = rows.as_given(self._stage_scores(record, queries))
+        self._remember(queries, [record.name])
+        return found
+
+    def _remember(self, queries: Queries, stages: Iterable[str]) -> None:
+        before: list[str] = []
+        if self.attributed is not None and same_queries(self.attributed[0], queries):
+            before = self.attributed[1]
+        self.attributed = (queries, list(dict.fromkeys([*before, *stages])))
 
     def scores_std(
         self, dataset: Dataset | None, queries: Queries, stage: str | None = None, of_mean: bool = False
@@ -668,7 +678,107 @@ class SourceAttributor:
             text = partial(rows.text, processing_class=self.processing_class)
             # Rows that the Trainer filtered out have a number, but no score.
             parts.append((stage.name, scores[:, rows.trained_rows], rows.trained_rows, text))
+        self._remember(self.encode(queries), [stage.name for stage in wanted])
         return with_note(top_table(parts, queries.names, k, opposing), self._notes([stage.name for stage in wanted]))
+
+    # ---- sharing -----------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        folder: str | Path,
+        queries: Queries | None = None,
+        stages: Iterable[str] | None = None,
+        k: int = 10,
+        *,
+        include_rows: bool = True,
+        max_columns: int = 100,
+    ) -> Path:
+        """Write scores, strongest rows and queries to a folder with a card: what `push_to_hub` publishes.
+
+        `hf_source.load_attribution(folder)` reads it, and `datasets.load_dataset(folder, "top_influences")` a config.
+
+        Args:
+            folder: to write to.
+            queries, stages, k, max_columns: see `push_to_hub`.
+            include_rows: write the rows too; else their numbers only.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ConfigError: if nothing was attributed and no queries are given.
+        """
+        from ..outputs.attribution_files import save_attribution
+        from ..outputs.sharing import collect
+
+        found = collect(self, queries, stages, k, texts=None if include_rows else (), max_columns=max_columns)
+        if self.accelerator.is_main_process:
+            save_attribution(found, folder)
+        self.accelerator.wait_for_everyone()
+        return Path(folder).expanduser()
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        queries: Queries | None = None,
+        stages: Iterable[str] | None = None,
+        k: int = 10,
+        *,
+        include_rows: bool | None = None,
+        private: bool | None = None,
+        source_datasets: str | Mapping[str, str] | None = None,
+        max_columns: int = 100,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload attribution",
+    ) -> str:
+        """Publish scores as a dataset repository, in one commit, with a card that explains every column.
+
+        Its configs: `default` (rows, `source_row` and scores, one split per stage), `scores` (lists instead of many
+        columns), `top_influences` and `queries`. `hf_source.load_attribution(repo_id)` gives all of it back. Queries
+        are always published, with their texts.
+
+        Args:
+            repo_id: `"user/name"`; made if it does not exist. Of a card that is there, only `configs` and the section
+                between the markers change.
+            queries: what is explained; by default the queries last attributed.
+            stages: names; by default those attributed with these queries, or all.
+            k: rows per query, stage and direction in `top_influences`.
+            include_rows: publish the rows, with all their columns; else numbers and scores, and no text of theirs. By
+                default only rows of stages for which `source_datasets` names a dataset that anybody can read.
+            private: make the repository private. By default it is, unless the rows of every stage come from datasets
+                on the Hub that anybody can read (and the record too, if it comes from the Hub).
+            source_datasets: id of the dataset on the Hub that the rows come from, or stage -> id. By default what the
+                datasets say themselves, which counts for `private` and the card, not for `include_rows`.
+            max_columns: with more queries than this, scores are a list per row.
+            token: what authenticates; default the one of `hf auth login`.
+            revision: branch to push to; made if it does not exist.
+            commit_message: of the commit.
+
+        Returns:
+            Address of the commit (of several processes, on the main one).
+
+        Raises:
+            ConfigError: if nothing was attributed and no queries are given, or a repository that is to be private
+                exists and is public.
+            DataError: if the Hub refuses.
+        """
+        from ..outputs.sharing import push_attribution
+
+        return push_attribution(
+            self,
+            repo_id,
+            queries,
+            stages,
+            k,
+            include_rows=include_rows,
+            private=private,
+            source_datasets=source_datasets,
+            max_columns=max_columns,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+        )
 
     def plan(self, dataset: Dataset | None, queries: Queries, stage: str | None = None) -> Plan:
         """What an attribution will cost, from a short calibration; nothing else is run."""

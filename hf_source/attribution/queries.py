@@ -188,6 +188,12 @@ class Queries:
         return iter(zip(self.names, self.prompts, self.completions, strict=True))
 
 
+def same_queries(one: Queries, other: Queries) -> bool:
+    """Whether queries ask the same, by the same names."""
+    rows = one.rows is None or other.rows is None or one.rows == other.rows
+    return list(one) == list(other) and one.are_rows == other.are_rows and rows
+
+
 def _names(names: Sequence[str] | None, count: int) -> list[str]:
     return [f"q{i}" for i in range(count)] if names is None else list(names)
 

@@ -14,7 +14,6 @@
 """Records on the Hub: a record is pushed in one commit, with a card, and pulled as it was."""
 
 import json
-import warnings
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -47,40 +46,27 @@ def push_record(
     commit_message: str = "Upload training record",
 ) -> str:
     """Publish a record. See `TrainingRecord.push_to_hub`."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from ...hub import HubError, commit
 
     record.require_complete()
     if problems := record.verify():
         raise RecordError("A damaged record is not published. " + " ".join(problems))
     data = _published(record, include_rows)
-    api = HfApi(token=token, library_name="hf_source")
     try:
-        api.create_repo(repo_id, repo_type="model", private=private, exist_ok=True)
-        if private and not api.repo_info(repo_id, repo_type="model").private:
-            raise ConfigError(
-                f"{repo_id} exists and is public, so private=True would not hold. Make it private in its settings on "
-                "the Hub first, or choose another repo_id."
-            )
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, repo_type="model", exist_ok=True)
-        present = api.list_repo_files(repo_id, repo_type="model", revision=revision)
-        with warnings.catch_warnings():
-            # Steps and rows are Parquet, and belong to the record.
-            warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
-            done = api.create_commit(
-                repo_id,
-                _operations(record, data, repo_id, present),
-                commit_message=commit_message,
-                repo_type="model",
-                revision=revision,
-            )
-    except (HfHubHTTPError, OSError) as error:
+        return commit(
+            repo_id,
+            "model",
+            lambda _, present: _operations(record, data, repo_id, present),
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+        )
+    except HubError as error:
         raise RecordError(
             f"The record could not be pushed to {repo_id} ({error}). Check the name, and that you are logged in with "
             "a token that may write there (`hf auth login`)."
         ) from error
-    return str(done.commit_url)
 
 
 def _published(record: "TrainingRecord", include_rows: bool | None) -> dict[str, Any]:
@@ -159,18 +145,22 @@ def download_record(
     Raises:
         RecordError: if there is no such repository, or it cannot be reached.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    from ...hub import HubError, NoRepositoryError, snapshot
 
-    given = {"revision": revision, "token": token, "local_dir": folder}
     try:
-        return Path(snapshot_download(repo_id, repo_type="model", **{k: v for k, v in given.items() if v is not None}))
-    except RepositoryNotFoundError as error:
+        return snapshot(repo_id, "model", revision=revision, token=token, folder=folder)
+    except NoRepositoryError as error:
         raise RecordError(
             f"There is no training record {repo_id!r}: neither a folder of that path nor a repository on the Hub. "
             "Check the spelling; for a private repository run `hf auth login`."
         ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except HubError as error:
         raise RecordError(
             f"There is no folder {repo_id!r}, and the Hub repository of that name could not be read ({error})."
         ) from error
+
+
+def looks_like_hub_id(path: str) -> bool:
+    """Whether a path that does not exist may be `user/name`."""
+    parts = path.split("/")
+    return len(parts) == 2 and all(parts) and not path.startswith((".", "~"))

@@ -21,7 +21,7 @@ from accelerate.logging import get_logger
 
 from ...errors import RecordError
 from ..writer import RECORD_FILE, file_entry, read_record_json
-from .hub import download_record, push_record
+from .hub import download_record, looks_like_hub_id, push_record
 from .stage import StageRecord
 
 
@@ -37,6 +37,7 @@ class TrainingRecord:
     Attributes:
         path: folder of the record.
         stages: list of `StageRecord`, in the order in which they trained.
+        repo_id: of the Hub repository that it was loaded from, or `None`.
 
     Example:
         >>> record = TrainingRecord.load("runs/capitals")  # doctest: +SKIP
@@ -46,6 +47,7 @@ class TrainingRecord:
     def __init__(self, path: Path, data: Mapping[str, Any]) -> None:
         self.path = path
         self.data = data
+        self.repo_id: str | None = None
         self.stages = [StageRecord(self, stage) for stage in data["stages"]]
 
     def __repr__(self) -> str:
@@ -63,9 +65,11 @@ class TrainingRecord:
             RecordError: if there is no record, a file is missing or torn, or another version wrote it.
         """
         folder = Path(path).expanduser()
-        if not folder.exists() and _looks_like_hub_id(str(path)):
-            folder = download_record(str(path), revision, token)
+        repo_id = str(path) if not folder.exists() and looks_like_hub_id(str(path)) else None
+        if repo_id is not None:
+            folder = download_record(repo_id, revision, token)
         record = cls(folder, read_record_json(folder))
+        record.repo_id = repo_id
         record.check_sizes()
         return record
 
@@ -283,8 +287,3 @@ class TrainingRecord:
             f"{self.path / name} is damaged: {reason}. Restore it from a copy of the record, or train its stage again "
             "(overwrite_stage=True, or resume_from_checkpoint from a checkpoint of that run)."
         )
-
-
-def _looks_like_hub_id(path: str) -> bool:
-    parts = path.split("/")
-    return len(parts) == 2 and all(parts) and not path.startswith((".", "~"))

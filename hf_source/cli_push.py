@@ -1,0 +1,130 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`hf-source push`: attribute, and share the scores on the Hub."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .cli_errors import friendly_errors
+from .errors import ConfigError
+
+
+def push(
+    record: Annotated[str, typer.Argument(help="Folder of the training record, or its id on the Hub.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO", help="Dataset repository on the Hub, as user/name.")],
+    queries: Annotated[
+        Path | None,
+        typer.Option("--queries", "-q", help="JSON Lines (or csv, parquet) with prompt, completion, optional name."),
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
+    completion: Annotated[
+        list[str] | None,
+        typer.Option("--completion", "-c", help="What was said after each --prompt; else the model generates."),
+    ] = None,
+    stage: Annotated[
+        list[str] | None, typer.Option(help="Stage whose rows are scored; repeatable.", show_default="all")
+    ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A stage's dataset as it was trained on, as stage=path; repeatable.",
+            show_default="the rows in the record",
+        ),
+    ] = None,
+    k: Annotated[int, typer.Option("-k", help="Rows per query, stage and direction in `top_influences`.")] = 10,
+    include_rows: Annotated[
+        bool | None,
+        typer.Option(
+            help="Publish the rows themselves, or row numbers and scores only.",
+            show_default="rows of stages whose --source-dataset anybody can read",
+        ),
+    ] = None,
+    private: Annotated[
+        bool | None,
+        typer.Option(
+            "--private/--public", help="Who can see it.", show_default="private unless its source is known and open"
+        ),
+    ] = None,
+    source_dataset: Annotated[
+        list[str] | None,
+        typer.Option(help="Dataset on the Hub that the rows come from, as id or stage=id; repeatable."),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="How rows are scored, as in `attribute`.", show_default="source")
+    ] = None,
+    curvature: Annotated[
+        str | None, typer.Option(help="Curvature of Source, as in `attribute`.", show_default="joint")
+    ] = None,
+    num_samples: Annotated[
+        int | None, typer.Option(help="Sampled gradients per segment.", show_default="1024")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest generated completion.")] = 32,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML file with settings of SourceAttributor; options override it.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", help="Any other setting of SourceAttributor as key=value; repeatable."),
+    ] = None,
+    max_columns: Annotated[int, typer.Option(help="With more queries, scores are one list per row.")] = 100,
+    revision: Annotated[str | None, typer.Option(help="Branch on the Hub.", show_default="main")] = None,
+    commit_message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload attribution",
+) -> None:
+    """Attribute, and publish scores, strongest rows and queries on the Hub as a dataset with a card.
+
+    Log in first with `hf auth login`. `hf_source.load_attribution` and `datasets.load_dataset` read it.
+    """
+    with friendly_errors():
+        from .cli import _attributor, _queries
+        from .recipes import load_rows
+
+        named = {"method": method, "curvature": curvature, "num_samples": num_samples}
+        given = _by_stage(dataset, "--dataset")
+        sources = _sources(source_dataset)
+        attributor = _attributor([record], recipe, settings, {k: v for k, v in named.items() if v is not None})
+        for name, path in given.items():
+            attributor.set_dataset(name, load_rows(path))
+        asked = _queries(attributor, queries, prompt, completion, max_new_tokens)
+        url = attributor.push_to_hub(
+            repo_id,
+            asked,
+            stage,
+            k,
+            include_rows=include_rows,
+            private=private,
+            source_datasets=sources,
+            max_columns=max_columns,
+            revision=revision,
+            commit_message=commit_message,
+        )
+        typer.echo(f"Pushed to {url}.")
+
+
+def _by_stage(given: list[str] | None, option: str) -> dict[str, str]:
+    found = {}
+    for text in given or []:
+        name, sign, value = text.partition("=")
+        if not (name and sign and value):
+            raise ConfigError(f"{option} {text}: write it as stage=value, such as sft=chats.")
+        found[name] = value
+    return found
+
+
+def _sources(given: list[str] | None) -> Any:
+    """One id for all stages, or stage -> id."""
+    if given and len(given) == 1 and "=" not in given[0]:
+        return given[0]
+    return _by_stage(given, "--source-dataset")

@@ -1,0 +1,127 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The card of published scores: what every column means, how far to trust it, how to load it.
+
+A card that its owner wrote in is kept: only what stands between two markers is written anew, and in the YAML header
+only `configs`, without which the files could not be loaded. Names and texts come from anywhere and are escaped.
+"""
+
+import re
+import string
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+from ..errors import ConfigError
+from ..hub import CARD_FILE
+from .tables import shown
+
+
+BEGIN = (
+    "<!-- hf_source begin: written anew by every push. Write above or below; delete this line to keep your text. -->"
+)
+END = "<!-- hf_source end -->"
+_SECTION = re.compile(r"<!-- hf_source begin:.*?-->.*<!-- hf_source end -->", re.DOTALL)
+_HEADER = re.compile(r"\A---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
+_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+
+
+def markdown(value: Any, longest: int = 200) -> str:
+    """Any value as plain text of one line, of which Markdown and HTML make nothing."""
+    text = " ".join(shown(str(value)).split())
+    text = text if len(text) <= longest else text[: longest - 3] + "..."
+    escaped = (_ENTITIES.get(c) or (f"\\{c}" if c in string.punctuation else c) for c in text)
+    return "".join(escaped)
+
+
+def code(value: Any) -> str:
+    """A name of ours (method, stage, digest) between backticks or quotes: other characters are dropped."""
+    return re.sub(r"[^\w.\- ]", "", str(value))
+
+
+def configs(splits: Mapping[str, str], listed: bool) -> list[dict[str, Any]]:
+    """The `configs:` of the card's header.
+
+    Args:
+        splits: stage -> split.
+        listed: scores are lists, in a config of their own.
+    """
+    stages = lambda folder: [{"split": name, "path": f"{folder}/{name}-*.parquet"} for name in splits.values()]  # noqa: E731
+    found = [{"config_name": "default", "default": True, "data_files": stages("data")}]
+    if listed:
+        found.append({"config_name": "scores", "data_files": stages("scores")})
+    for name in ("top_influences", "queries"):
+        files_of_it = [{"split": "train", "path": f"{name}/train-*.parquet"}]
+        found.append({"config_name": name, "data_files": files_of_it})
+    return found
+
+
+def attribution_card(content: Mapping[str, Any], repo_id: str | None, old: str | None = None) -> str:
+    """The repository's README.
+
+    Args:
+        content: what the template shows.
+        repo_id: of the repository; `None` for a folder.
+        old: the card that is there, kept as far as its owner wrote it.
+
+    Raises:
+        ConfigError: if the header of the old card is no YAML.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    template = (files("hf_source.outputs") / "templates/attribution_card.md.j2").read_text(encoding="utf-8")
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters |= {"text": markdown, "code": code}
+    place = repo_id or "path/to/this/folder"
+    address = f"hf://datasets/{repo_id}" if repo_id else place
+    text = environment.from_string(template).render(**content, place=place, address=address)
+    section = f"{BEGIN}\n\n{text.strip()}\n\n{END}"
+    header: dict[str, Any] = {
+        "license": "unknown",
+        "tags": ["hf_source", "training-data-attribution", "influence-functions", "interpretability"],
+        "configs": configs({stage["name"]: stage["split"] for stage in content["stages"]}, content["listed"]),
+    }
+    if sources := _unique(stage["source"] for stage in content["stages"]):
+        header["source_datasets"] = sources
+    if old is None:
+        return _joined(header, f"\n{section}\n")
+    kept, body = _parted(old)
+    # A function as replacement: the text is full of backslashes.
+    body = _SECTION.sub(lambda _: section, body, count=1)
+    return _joined({**kept, "configs": header["configs"]} if kept else header, body)
+
+
+def _unique(values: Any) -> list[str]:
+    return list(dict.fromkeys(value for value in values if value))
+
+
+def _joined(header: Mapping[str, Any], body: str) -> str:
+    return f"---\n{yaml.safe_dump(dict(header), sort_keys=False, allow_unicode=True)}---\n{body}"
+
+
+def _parted(card: str) -> tuple[dict[str, Any], str]:
+    """Header and body of a card."""
+    card = card.replace("\r\n", "\n")
+    found = _HEADER.match(card)
+    if found is None:
+        return {}, card
+    try:
+        header = yaml.safe_load(found[1]) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"The header of the card ({CARD_FILE}) is no YAML: mend or remove it. ({error})") from error
+    if not isinstance(header, dict):
+        raise ConfigError(f"The header of the card ({CARD_FILE}) is no YAML mapping: mend or remove it.")
+    return header, card[found.end() :]
