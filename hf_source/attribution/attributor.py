@@ -177,7 +177,7 @@ class SourceAttributor:
         self.device = self.accelerator.device
         self.show_progress = progress
         self.processing_class = self.record.processing_class()
-        self._make_model = model
+        self.make_model = model
         self._datasets: dict[str, Dataset] = {}
         self._rows: dict[str, StageRows] = {}
         self._walked: dict[str, dict[str, np.ndarray]] = {}
@@ -322,10 +322,10 @@ class SourceAttributor:
 
     def build_model(self, stage: StageRecord) -> nn.Module:
         """The stage's model at its final weights, in evaluation mode on the attributor's device."""
-        if self._make_model is None:
+        if self.make_model is None:
             model = stage.build_model(self.dtype)
         else:
-            model = self._make_model(stage)
+            model = self.make_model(stage)
             stage.load_weights(model, "final")
             keep_differentiable(model)
         model = model.to(self.device, self.dtype).eval()

@@ -29,6 +29,7 @@ from .retraining import losses_of, retrain, retrain_in_chunks
 from .retrieval import Retrieval, retrieval
 from .stacked import StackedRetraining
 from .tail_patch import TailPatch, tail_patch
+from .trained import TrainerRetraining
 
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "Retrieval",
     "StackedRetraining",
     "TailPatch",
+    "TrainerRetraining",
     "agreement",
     "bootstrap",
     "corrupt_labels",

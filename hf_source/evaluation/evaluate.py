@@ -133,7 +133,7 @@ def protocols_of(protocols: Sequence[str | LDSProtocol], **changes: Any) -> list
 
 
 def stacked_for(attributor: SourceAttributor, queries: Queries, **options: Any) -> StackedRetraining:
-    """A `StackedRetraining` with the attributor's own rows, tasks, measurement and collator."""
+    """A `StackedRetraining` with the attributor's own rows, tasks, measurement, collator and model."""
     return StackedRetraining(
         attributor.record,
         queries,
@@ -141,6 +141,7 @@ def stacked_for(attributor: SourceAttributor, queries: Queries, **options: Any) 
         task={own.name: attributor.task_of(own) for own in attributor.record.stages},
         measurement=attributor.measurement(queries),
         data_collator=attributor.data_collator,
+        model=attributor.make_model,
         **options,
     )
 

@@ -57,6 +57,7 @@ class StackedRetraining:
         task: stage name -> task, where the record does not say what a row's loss is.
         measurement: what a query measures: its `row_losses`; by default the loss of its text.
         data_collator: the Trainer's, if it was not the default one.
+        model: gives a fresh model for a stage, for architectures that transformers cannot rebuild.
         fresh: with a `seed`, start from newly initialised weights; for stages that train a model from scratch.
         chunk: copies trained at once.
         dtype: of training.
@@ -79,6 +80,7 @@ class StackedRetraining:
         task: Mapping[str, Task] | Task | None = None,
         measurement: Task | None = None,
         data_collator: Any = None,
+        model: Callable[[StageRecord], torch.nn.Module] | None = None,
         fresh: bool = False,
         chunk: int = 16,
         dtype: torch.dtype = torch.float32,
@@ -108,6 +110,7 @@ class StackedRetraining:
         self.tasks = {own.name: _task_of(task, own) for own in self.stages}
         self.measurement = measurement or measurement_of(self.queries, self.tasks[last.name])
         self.data_collator, self.fresh, self.chunk, self.dtype = data_collator, fresh, chunk, dtype
+        self._make_model = model
         self.cache = RetrainingCache.of(cache, record.path)
         self.progress = progress
         self.num_rows = self.stage.num_rows
@@ -167,7 +170,7 @@ class StackedRetraining:
             if seed is not None and stage is self.stage:
                 stage = reordered(stage, rows.numbers, rows.counts(task.count_items), rows.counts(_labels), seed)
             options = {"task": task, "dtype": self.dtype, "data_collator": self.data_collator}
-            model, start = retrain(stage, rows, masks, start=start, **options)
+            model, start = retrain(stage, rows, masks, start=start, model=self._make_model, **options)
         collator = self.data_collator if self.queries.are_rows else None
         if collator is None and isinstance(self.measurement, RowLossTask):
             collator = self.measurement.collator(self.stages[-1].record.processing_class())

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from transformers import default_data_collator
 
-from hf_source import SourceTrainer
+from hf_source import Queries, SourceTrainer
+from hf_source.evaluation import evaluate
 
 from ..cases import config
 from ..heads import HEADS, Perceptron
@@ -36,3 +37,7 @@ def test_the_readmes_task_of_ones_own(tmp_path):
     exec(code.replace("runs/huber", str(tmp_path / "record")), given)
     scored = np.asarray(given["scored"]["source_q0"])
     assert scored.shape == (12,) and scored.argmax() == 0 and np.isfinite(scored).all()
+    report = evaluate(
+        given["attributor"], Queries.from_rows(given["asked"]), num_subsets=4, fraction=0.1, progress=False
+    )
+    assert [entry.method for entry in report.entries] == ["source"] and np.isfinite(report.entries[0].value)

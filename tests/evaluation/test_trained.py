@@ -23,8 +23,7 @@ import worker_jobs
 
 from hf_source import Queries, SourceAttributor
 from hf_source.errors import ConfigError, RetrainingError, UnsupportedError
-from hf_source.evaluation import evaluate
-from hf_source.evaluation.trained import TrainerRetraining
+from hf_source.evaluation import TrainerRetraining, evaluate
 from hf_source.evaluation.workers import Failure, run_jobs
 from hf_source.recipes import trainer_of
 
