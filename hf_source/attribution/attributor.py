@@ -736,7 +736,7 @@ class SourceAttributor:
 
         Its configs: `default` (rows, `source_row` and scores, one split per stage), `scores` (lists instead of many
         columns), `top_influences` and `queries`. `hf_source.load_attribution(repo_id)` gives all of it back. Queries
-        are always published, with their texts.
+        are always published, with their texts; what a model generated may repeat rows it was trained on.
 
         Args:
             repo_id: `"user/name"`; made if it does not exist. Of a card that is there, only `configs` and the section

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from ..attribution.queries import Queries
 from ..data import ROW
@@ -235,8 +235,6 @@ def _read_stage(folder: Path, split: str, columns: Mapping[str, str], listed: bo
         raise DataError(
             f"{folder / MANIFEST} names a split {split!r}, which cannot be: it was not written by hf_source."
         )
-    from datasets import concatenate_datasets
-
     table = read_parquet(folder / "data", split)
     lacking = set(columns.values()) - set(table.column_names)
     if lacking:

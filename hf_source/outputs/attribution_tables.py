@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetInfo, Features, Value
+from datasets import Dataset, DatasetInfo, Features, Value, concatenate_datasets
 from datasets.table import embed_table_storage, table_cast
 
 from ..data import ROW
 from ..errors import DataError
-from .columns import add_score_columns
+from .columns import add_score_columns, check_names
 
 
 SCORES = "source_scores"
@@ -48,6 +48,21 @@ def split_names(stages: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def check_columns(rows: Dataset, names: list[str], max_columns: int) -> None:
+    """Refuse rows that have a column of a score's name, before any score is computed.
+
+    Raises:
+        DataError: naming the column and the fix.
+    """
+    if len(names) <= max_columns:
+        check_names(rows, names)
+    elif SCORES in rows.column_names:
+        raise DataError(
+            f"The scores of {len(names)} queries need a column {SCORES!r}, which the dataset has already: drop it "
+            "with `dataset.remove_columns`."
+        )
+
+
 def stage_table(
     rows: Dataset | None, numbers: np.ndarray, scores: np.ndarray, names: list[str], max_columns: int
 ) -> Dataset:
@@ -66,21 +81,11 @@ def stage_table(
     table = Dataset(pa.table({ROW: pa.array(np.asarray(numbers, dtype=np.int64))})) if rows is None else rows
     if len(names) <= max_columns:
         return add_score_columns(table, scores, names)
-    if SCORES in table.column_names:
-        raise DataError(
-            f"The scores of {len(names)} queries need a column {SCORES!r}, which the dataset has already: drop it "
-            "with `dataset.remove_columns`."
-        )
+    check_columns(table, names, max_columns)
     table = add_score_columns(table, scores[:0], [])
     values = pa.array(np.ascontiguousarray(scores.T, dtype=np.float32).reshape(-1))
     listed = pa.FixedSizeListArray.from_arrays(values, len(names))
-    return _with_columns(table, {SCORES: listed})
-
-
-def _with_columns(dataset: Dataset, columns: Mapping[str, pa.Array]) -> Dataset:
-    from datasets import concatenate_datasets
-
-    return concatenate_datasets([dataset, Dataset(pa.table(dict(columns)))], axis=1)
+    return concatenate_datasets([table, Dataset(pa.table({SCORES: listed}))], axis=1)
 
 
 def aligned(datasets: Mapping[str, Dataset]) -> tuple[dict[str, Dataset], dict[str, dict[str, str]]]:

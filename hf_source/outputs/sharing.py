@@ -29,7 +29,7 @@ from ..hub import CARD_FILE, HubError, check_repo_id, commit, is_open, refuse_pu
 from ..recording import StageRecord
 from ..recording.digest import record_digest
 from .attribution_files import FOLDERS, MANIFEST, Attribution, save_attribution
-from .attribution_tables import stage_table
+from .attribution_tables import check_columns, stage_table
 
 
 if TYPE_CHECKING:
@@ -71,6 +71,10 @@ def collect(
     queries, names = _asked(attributor, queries, stages)
     texts = set(names if texts is None else texts)
     queries = attributor.encode(queries)
+    for name in names:  # before any score is computed
+        given = attributor.rows(attributor.record.stage(name)).given
+        if name in texts:
+            check_columns(given, queries.names, max_columns)
     found = {}
     for name in reversed(names):  # the walk goes backwards
         rows = attributor.rows(attributor.record.stage(name))

@@ -15,11 +15,13 @@
 
 import json
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import yaml
-from datasets import ClassLabel, Dataset, Features, Value, load_dataset
+from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
 from typer.testing import CliRunner
 
 from hf_source import Queries, SourceAttributor, load_attribution, save_attribution
@@ -27,7 +29,7 @@ from hf_source.cli import app
 from hf_source.errors import ConfigError, DataError
 from hf_source.outputs.attribution_card import BEGIN, END, markdown
 from hf_source.outputs.attribution_files import Attribution
-from hf_source.outputs.attribution_tables import aligned, split_names
+from hf_source.outputs.attribution_tables import aligned, read_parquet, split_names, stage_table, write_parquet
 from hf_source.outputs.sharing import source_of
 
 from ..fake_hub import TOKEN
@@ -169,6 +171,17 @@ def test_many_queries_are_one_list_per_row(hub, story, tmp_path):
     attributor.set_dataset("pretrain", clash)
     with pytest.raises(DataError, match="scores of 102 queries need a column 'source_scores'"):
         attributor.save(tmp_path / "clash", many)
+
+
+def test_a_column_that_is_taken_is_refused_before_any_score(story, queries, tmp_path, monkeypatch):
+    attributor = bm25(story)
+    attributor.set_dataset("pretrain", Dataset.from_dict({**facts().to_dict(), "source_lima": [0] * 8}))
+    monkeypatch.setattr(attributor, "_stage_scores", None)
+    with pytest.raises(DataError, match="'lima' would need column 'source_lima'"):
+        attributor.save(tmp_path / "taken", queries)
+    with pytest.raises(TypeError):  # numbers instead of rows: no clash, so scores would be computed
+        attributor.save(tmp_path / "taken", queries, include_rows=False)
+    assert not (tmp_path / "taken").exists()
 
 
 # ---- who sees what -------------------------------------------------------------------------------------------------
@@ -450,6 +463,30 @@ def test_columns_of_several_stages():
     assert tables["one"].features["kind"] == kinds and tables["one"].features["n"] == Value("int64")
     assert tables["one"][1] == {"a": 2, "kind": 1, "kind_two": None, "b": None, "n": None}
     assert tables["two"][0] == {"a": None, "kind": None, "kind_two": "x", "b": [1.0], "n": None}
+
+
+def test_images_that_are_files_elsewhere_go_along(tmp_path):
+    paths = [str(tmp_path / f"{number}.png") for number in range(2)]
+    for number, path in enumerate(paths):
+        PIL.Image.new("RGB", (2, 2), (100 * number, 0, 0)).save(path)
+    rows = Dataset.from_dict({"image": paths}).cast_column("image", Image())
+    table = stage_table(rows, np.arange(2), np.ones((1, 2), np.float32), ["q0"], 100)
+    tables, _ = aligned({"a": table, "b": facts()})
+    write_parquet(tables["a"], tmp_path / "data", "a")
+    for path in paths:
+        Path(path).unlink()
+    found = read_parquet(tmp_path / "data", "a")
+    assert [image.getpixel((0, 0))[0] for image in found["image"]] == [0, 100]
+
+
+def test_an_ensemble(story, queries, tmp_path):
+    settings = {"method": "grad-dot", "progress": False, "ensemble": "dropout", "ensemble_size": 2, "dropout": 0.1}
+    attributor = SourceAttributor.from_record(story.path, **settings)
+    expected = attributor.scores(None, queries, "sft")
+    found = load_attribution(attributor.save(tmp_path / "f"))
+    np.testing.assert_array_equal(found.scores(), expected)
+    assert "means over 2 dropout masks" in found.note and found.note in found.stages["sft"].info.description
+    assert "means over 2 dropout masks" in (tmp_path / "f" / "README.md").read_text()
 
 
 def test_large_tables_are_several_files(story, queries, tmp_path, monkeypatch):
