@@ -216,9 +216,10 @@ class MultiLabelTask(HeadTask):
 class RegressionTask(HeadTask):
     """The squared error `(prediction - label)^2` of every number; each is an item.
 
-    It is the negative log-likelihood of a Gaussian with variance 1/2, but for a constant, and labels for the curvature
-    are drawn from that one: with `y = prediction + noise` the gradient `-2 noise` has covariance `4 / 2`, which is the
-    second derivative of the loss. (A variance of 1 would double the curvature.)
+    It is the negative log-likelihood of a Gaussian with variance 1/2, but for a constant. Labels for the curvature have
+    that variance: with `y = prediction + noise` the gradient `-2 noise` has covariance `4 / 2`, which is the second
+    derivative of the loss. (A variance of 1 would double the curvature.) The noise is `+- sqrt(1/2)` rather than a
+    Gaussian's: the covariance is the same, and with one number a row the sample has no noise but that of its rows.
     """
 
     def fits(self, outputs: torch.Tensor, labels: torch.Tensor) -> bool:
@@ -235,9 +236,9 @@ class RegressionTask(HeadTask):
         return (outputs.reshape(rows, -1) - labels.reshape(rows, -1).to(outputs)).square().sum(dim=1)
 
     def sample_labels(self, outputs: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """The predictions with noise of variance 1/2."""
-        noise = torch.randn(labels.shape, generator=generator, dtype=torch.float64).to(outputs)
-        drawn_labels = outputs.reshape(labels.shape) + noise * 0.5**0.5
+        """The predictions with noise of variance 1/2, of either sign."""
+        signs = torch.randint(0, 2, labels.shape, generator=generator).to(outputs) * 2 - 1
+        drawn_labels = outputs.reshape(labels.shape) + signs * 0.5**0.5
         return drawn_labels.to(labels.dtype if labels.is_floating_point() else outputs.dtype)
 
 
