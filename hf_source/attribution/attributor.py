@@ -14,7 +14,7 @@
 """`SourceAttributor`: from a training record and a text to scores of every training row."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -29,34 +29,35 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..curvature import make_curvature
-from ..data import CausalLMCollator
 from ..errors import ConfigError, DataError, UnsupportedError
 from ..gradients import (
     CausalLMTask,
     Loss,
     Measurement,
     RowGradients,
-    RowLossTask,
     Seq2SeqTask,
     Task,
     describe_measurement,
     is_known,
     make_measurement,
     measured,
+    refuse_incomplete,
     task_for,
-    task_labels,
 )
 from ..outputs.columns import add_score_columns, check_names, top_table, with_note
 from ..outputs.trust import trust_note
 from ..recording import StageRecord, TrainingRecord
 from ..recording.quantized import keep_differentiable
 from ..recording.reading.assumed import visits_note
-from ..source import WalkSettings, self_influence
+from ..source import WalkSettings
+from .alone import final_losses, own_influence
+from .asking import query_batches
 from .ensembles import ENSEMBLES, check_agreement, make_ensemble, split_settings
+from .generation import complete, prompt_text
 from .methods import METHODS
 from .plan import Plan, make_plan
 from .queries import Queries, same_queries
-from .rows import StageRows, collate
+from .rows import StageRows
 
 
 logger = get_logger(__name__)
@@ -165,7 +166,7 @@ class SourceAttributor:
         self.num_samples = num_samples
         self.momentum = momentum
         for own in task.values() if isinstance(task, Mapping) else [task]:
-            _refuse_incomplete(own)
+            refuse_incomplete(own)
         self._task = task
         self._measurement = make_measurement(measurement)
         self.data_collator = data_collator
@@ -368,11 +369,14 @@ class SourceAttributor:
             raise DataError(
                 "The record holds no tokenizer: train with `processing_class=`, or use Queries.from_dataset."
             )
-        prompts = [self._prompt_text(prompt) for prompt in prompts]
+        prompts = [prompt_text(self.processing_class, prompt) for prompt in prompts]
         model = self.build_model(self.record.stages[-1])
         rows: list[dict[str, list[int]]] = []
         for start in self.progress(range(0, len(prompts), batch_size), "generating"):
-            rows += self._generate(model, prompts[start : start + batch_size], max_new_tokens, generate_kwargs)
+            texts = prompts[start : start + batch_size]
+            rows += complete(
+                model, self.processing_class, texts, self.context_length, max_new_tokens, **generate_kwargs
+            )
         completions = [
             self.processing_class.decode([label for label in row["labels"] if label != -100], skip_special_tokens=True)
             for row in rows
@@ -380,106 +384,16 @@ class SourceAttributor:
         names = [f"q{i}" for i in range(len(prompts))] if names is None else list(names)
         return self.encode(Queries(names, prompts, completions, rows))
 
-    def _prompt_text(self, prompt: str | list[dict[str, str]]) -> str:
-        if isinstance(prompt, str):
-            return prompt
-        return self.processing_class.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-
-    @torch.no_grad()
-    def _generate(self, model, prompts, max_new_tokens, generate_kwargs) -> list[dict[str, list[int]]]:
-        encoded = [self.processing_class(prompt)["input_ids"] for prompt in prompts]
-        for prompt, ids in zip(prompts, encoded, strict=True):
-            if not ids:
-                raise DataError("A prompt is empty: give at least one token to start from.")
-            if self.context_length is not None and len(ids) + max_new_tokens > self.context_length:
-                raise DataError(
-                    f"Prompt {prompt[:40]!r} has {len(ids)} tokens; with max_new_tokens={max_new_tokens} it does not "
-                    f"fit the context of {self.context_length}: shorten it or ask for fewer tokens."
-                )
-        pad, eos = CausalLMCollator(self.processing_class).pad_token_id, self.processing_class.eos_token_id
-        longest = max(map(len, encoded))
-        encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
-        # What a decoder goes on from stands at the right; an encoder reads from the left, as in training.
-        padded = lambda row, value: row + value if encoder_decoder else value + row  # noqa: E731
-        ids = [padded(row, [pad] * (longest - len(row))) for row in encoded]
-        mask = [padded([1] * len(row), [0] * (longest - len(row))) for row in encoded]
-        ids, mask = (torch.tensor(part, device=self.device) for part in (ids, mask))
-        settings = {"do_sample": False, "pad_token_id": pad, "eos_token_id": eos, **generate_kwargs}
-        output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **settings)
-        if encoder_decoder:  # the output starts with the decoder's first token
-            longest = 1
-        rows = []
-        for prompt_ids, tokens in zip(encoded, output[:, longest:].tolist(), strict=True):
-            # A model that ends at once has said "nothing more": its end token is then what there is to explain.
-            completion = tokens[: max(1, tokens.index(eos))] if eos in tokens else tokens
-            if encoder_decoder:
-                rows.append({"input_ids": prompt_ids, "labels": completion})
-            else:
-                rows.append({"input_ids": prompt_ids + completion, "labels": [-100] * len(prompt_ids) + completion})
-        return rows
-
     def query_gradients(self, gradients: RowGradients, queries: Queries) -> dict[str, torch.Tensor]:
         """`grad f_q` at the model's present weights: name -> `[queries, *parameter.shape]`."""
         result = {
             name: torch.empty((len(queries), *parameter.shape), dtype=self.dtype, device=self.device)
             for name, parameter in gradients.parameters.items()
         }
-        for engine, chosen, batch in self.query_batches(gradients, queries):
+        for engine, chosen, batch in query_batches(self, gradients, queries):
             for name, rows, grads in engine.blocks(engine.run(batch)):
                 result[name][torch.as_tensor(chosen[rows].copy(), device=self.device)] = grads.to(self.dtype)
         return result
-
-    def query_batches(
-        self, gradients: RowGradients, queries: Queries
-    ) -> Iterator[tuple[RowGradients, np.ndarray, dict[str, torch.Tensor]]]:
-        """The queries in batches, each with the engine of what they measure and their positions."""
-        encoded, task = self.encode(queries), self.measurement(queries)
-        collator, columns = self._query_collator(task, queries)
-        collated = lambda chosen: collate(collator, [encoded.rows[i] for i in chosen], self.device, columns)  # noqa: E731
-        if task is not gradients.task:
-            if not queries.are_rows:
-                self._refuse_without_text(gradients.model)
-            gradients = RowGradients(gradients.model, task, list(gradients.parameters))
-            gradients.check(collated(range(min(2, len(queries)))))
-        measure = getattr(task, "length", len)
-        lengths = np.asarray([measure(row) for row in encoded.rows])
-        order = np.argsort(lengths, kind="stable")[::-1]
-        step = max(1, self.max_tokens_per_batch // int(lengths.max()))
-        for start in range(0, len(order), step):
-            chosen = order[start : start + step]
-            yield gradients, chosen, collated(chosen)
-
-    @torch.no_grad()
-    def query_losses(self, model: nn.Module, queries: Queries) -> np.ndarray:
-        """`f_q` of each query under a model: float64 `[queries]`, nats."""
-        encoded, task = self.encode(queries), self.measurement(queries)
-        collator, columns = self._query_collator(task, queries)
-        measure = getattr(task, "length", len)
-        lengths = np.asarray([measure(row) for row in encoded.rows])
-        order, found = np.argsort(lengths, kind="stable")[::-1], np.zeros(len(queries))
-        step = max(1, self.max_tokens_per_batch // int(lengths.max()))
-        for start in range(0, len(order), step):
-            chosen = order[start : start + step]
-            batch = collate(collator, [encoded.rows[i] for i in chosen], self.device, columns)
-            found[chosen] = (
-                task.row_losses(task.forward(model, batch), task_labels(task, batch)).double().cpu().numpy()
-            )
-        return found
-
-    def _query_collator(self, task: Task, queries: Queries) -> tuple[Any, Sequence[str] | None]:
-        if queries.are_rows:
-            rows = self.rows(self.record.stages[-1])
-            return rows.collate, rows.columns
-        own = task if isinstance(task, RowLossTask) else CausalLMTask()
-        return own.collator(self.processing_class), own.columns
-
-    def _refuse_without_text(self, model: nn.Module) -> None:
-        plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-        if plain.get_output_embeddings() is None:
-            raise UnsupportedError(
-                f"Stage {self.record.stages[-1].name!r} trained a {type(plain).__name__}, which says no text: ask "
-                "about rows of its own kind instead, with `Queries.from_rows(dataset)`."
-            )
 
     def encode(self, queries: Queries) -> Queries:
         """The queries with token rows, as the last stage's model reads them."""
@@ -575,26 +489,13 @@ class SourceAttributor:
         if self.ensemble is not None:
             parts = (member.self_influence(dataset, record.name) for member in self.ensemble.members())
             return (sum(parts) / self.ensemble.size).astype(np.float32)
-        gradients = RowGradients(self.build_model(record), rows.task, record.trainable)
-        rows.prepare(gradients)
-        gradients.check(rows.collated(rows.shortest(2), self.device))
-        found = self_influence(record, rows, gradients, self.walk_settings())
-        if self.accelerator.num_processes > 1:
-            found = self.accelerator.reduce(torch.as_tensor(found, device=self.device)).cpu().numpy()
+        found = own_influence(self, record, rows)
         return rows.as_given(found[None].astype(np.float32))[0]
 
     def row_losses(self, stage: str | None = None) -> np.ndarray:
         """Loss of every row of a stage at the stage's final weights: float64 `[rows]` by row number, nats."""
         record = self.record.stage(stage)
-        rows, model, found = self.rows(record), self.build_model(record), np.zeros(record.num_rows)
-        gradients = RowGradients(model, rows.task, ())
-        if isinstance(rows.task, RowLossTask):
-            rows.task.prepare(model, rows)
-        record.load_weights(model, "final")
-        for pieces in self.progress(rows.batches(rows.trained), f"losses of {record.name}"):
-            losses = gradients.run(rows.collated(pieces, self.device)).losses
-            np.add.at(found, rows.row[pieces], losses.double().cpu().numpy())
-        return found
+        return final_losses(self, record, self.rows(record))
 
     def _stage_scores(self, stage: StageRecord, queries: Queries) -> np.ndarray:
         """Scores by row number. The walk stops where it is and goes on when an earlier stage is asked for."""
@@ -815,14 +716,3 @@ class SourceAttributor:
         """A progress bar on the main process."""
         hidden = not self.show_progress or not self.accelerator.is_main_process
         return tqdm(items, desc=description, disable=hidden, leave=False)
-
-
-def _refuse_incomplete(task: Task | None) -> None:
-    """A task of the user's own says what a row's loss is, before anything is computed."""
-    for method in ("forward", "row_losses"):
-        given = getattr(type(task), method, None)
-        if task is not None and (given is None or given is getattr(RowLossTask, method)):
-            raise ConfigError(
-                f"task={type(task).__name__} has no `{method}`: write `forward(model, batch)` (the predictions) and "
-                "`row_losses(outputs, labels)` (one loss a row); see `hf_source.RowLossTask`."
-            )

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..attribution.asking import query_losses
 from ..errors import ConfigError
 from ..gradients import RowLossTask, task_labels
 from ..recording.optimizers import OptimizerDescription, build_optimizer
@@ -159,7 +160,7 @@ class _Patch:
         self.learning_rate = float(learning_rate or rates.max(initial=0.0))
         if not self.learning_rate > 0:
             raise ConfigError("The recorded learning rate is 0: give `learning_rate=`.")
-        self.before = attributor.query_losses(self.model, self.queries)
+        self.before = query_losses(attributor, self.model, self.queries)
 
     def checked(self, scores: np.ndarray, name: str) -> np.ndarray:
         scores = np.asarray(scores, dtype=np.float64)
@@ -180,7 +181,7 @@ class _Patch:
             self._backward(rows)
             optimizer.step()
         chosen = np.arange(len(self.queries)) if query is None else np.array([query])
-        after = self.attributor.query_losses(self.model, self.queries.select(chosen))
+        after = query_losses(self.attributor, self.model, self.queries.select(chosen))
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(self.start[name])

@@ -30,7 +30,7 @@ from .preference import DPOTask, PairTask, RewardTask
 from .rows import Pass, RowGradients
 from .selection import is_known, task_for
 from .speech import CTCTask
-from .task import CausalLMTask, RowLossTask, Seq2SeqTask, Task, batch_to, labels_of, task_labels
+from .task import CausalLMTask, RowLossTask, Seq2SeqTask, Task, batch_to, labels_of, refuse_incomplete, task_labels
 
 
 __all__ = [
@@ -62,6 +62,7 @@ __all__ = [
     "labels_of",
     "make_measurement",
     "measured",
+    "refuse_incomplete",
     "task_for",
     "task_labels",
 ]

@@ -216,9 +216,9 @@ class MultiLabelTask(HeadTask):
 class RegressionTask(HeadTask):
     """The squared error `(prediction - label)^2` of every number; each is an item.
 
-    It is the negative log-likelihood of a Gaussian with variance 1/2, but for a constant. Labels for the curvature have
-    that variance: with `y = prediction + noise` the gradient `-2 noise` has covariance `4 / 2`, which is the second
-    derivative of the loss. (A variance of 1 would double the curvature.) The noise is `+- sqrt(1/2)` rather than a
+    It is the negative log-likelihood of a Gaussian with variance 1/2, but for a constant. Labels for the curvature
+    have that variance: with `y = prediction + noise` the gradient `-2 noise` has covariance `4 / 2`, which is the
+    second derivative of the loss. (A variance of 1 would double the curvature.) The noise is `+- sqrt(1/2)`, not a
     Gaussian's: the covariance is the same, and with one number a row the sample has no noise but that of its rows.
     """
 

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from ..data import IGNORE_INDEX, ROW, CausalLMCollator
+from ..errors import ConfigError
 
 
 Batch = Mapping[str, torch.Tensor]
@@ -118,6 +119,21 @@ class RowLossTask:
     def unsmoothed(self) -> "RowLossTask":
         """The task without label smoothing: that of queries, and of labels drawn from the model."""
         return self
+
+
+def refuse_incomplete(task: Task | None) -> None:
+    """A task of the user's own says what a row's loss is, before anything is computed.
+
+    Raises:
+        ConfigError: if it does not.
+    """
+    for method in ("forward", "row_losses"):
+        given = getattr(type(task), method, None)
+        if task is not None and (given is None or given is getattr(RowLossTask, method)):
+            raise ConfigError(
+                f"task={type(task).__name__} has no `{method}`: write `forward(model, batch)` (the predictions) and "
+                "`row_losses(outputs, labels)` (one loss a row); see `hf_source.RowLossTask`."
+            )
 
 
 def labels_of(batch: Batch) -> torch.Tensor:

@@ -22,6 +22,7 @@ import torch
 from ...gradients import RowGradients
 from ...gradients.projection import Projector, random_side
 from ...recording import StageRecord
+from ..asking import query_batches
 from ..queries import Queries
 
 
@@ -73,7 +74,7 @@ def query_features(
         measure: makes another task of the queries' own.
     """
     result = torch.zeros(len(queries), projector.size, dtype=_kept(attributor), device=attributor.device)
-    for engine, chosen, batch in attributor.query_batches(gradients, queries):
+    for engine, chosen, batch in query_batches(attributor, gradients, queries):
         engine = engine if measure is None else engine.with_task(measure(engine.task))
         found = projector.project(engine, engine.run(batch))
         result[torch.as_tensor(chosen.copy(), device=attributor.device)] = found.to(result)
