@@ -40,7 +40,7 @@ from pathlib import Path
 
 import numpy as np
 import transformers
-from bench_lm_lds import BATCH_SIZE, FINETUNING, NUM_ROWS, PRETRAINING, QUIET, pretrained
+from bench_lm_lds import BATCH_SIZE, NUM_ROWS, PRETRAINING, QUIET, SHORT, pretrained
 from datasets import Dataset
 
 from hf_source import Queries, SourceAttributor, SourceConfig, SourceTrainer, TrainingRecord
@@ -96,7 +96,7 @@ class Run:
             num_segments=SEGMENTS,
             per_device_train_batch_size=BATCH_SIZE,
             weight_decay=0.01,
-            **FINETUNING,
+            **SHORT,
             **QUIET,
         )
         if not Path(args.record_dir, "record.json").exists():
@@ -148,7 +148,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     settings = {
         "rows": NUM_ROWS, "queries": 24, "segments": SEGMENTS, "batch_size": BATCH_SIZE, "num_samples": 1024,
-        "pretraining": PRETRAINING["facts"], "finetuning": FINETUNING, "methods": LABELLED,
+        "pretraining": PRETRAINING["facts"], "finetuning": SHORT, "methods": LABELLED,
     }  # fmt: skip
     report = Report.from_json(args.out) if args.out.exists() else Report("Evaluations of the facts model", settings)
 

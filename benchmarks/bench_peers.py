@@ -55,10 +55,10 @@ import torch
 import transformers
 from bench_lm_lds import (
     BATCH_SIZE,
-    FINETUNING,
     FRACTION,
     NUM_SUBSETS,
     QUIET,
+    SHORT,
     entry,
     finetune,
     ground_truth,
@@ -174,7 +174,7 @@ def large_run(folder: Path, callbacks: list[TrainerCallback]) -> tuple[TrainingR
     torch.manual_seed(0)
     args = SourceConfig(
         output_dir=str(folder / "out"), record_dir=str(folder / "large-3"), num_segments=3, weight_decay=0.01,
-        per_device_train_batch_size=BATCH_SIZE, max_length=64, **FINETUNING, **QUIET,
+        per_device_train_batch_size=BATCH_SIZE, max_length=64, **SHORT, **QUIET,
     )  # fmt: skip
     rows = Dataset.from_dict({"text": [summaries[i] for i in full[:2048]]})
     model = GPT2LMHeadModel(config)
@@ -187,7 +187,7 @@ def large_run(folder: Path, callbacks: list[TrainerCallback]) -> tuple[TrainingR
 
 def recorded(kind: str, folder: Path) -> tuple[TrainingRecord, Queries]:
     """Train once, with checkpoints on the way; queries as token rows."""
-    callbacks = [SaveAt(checkpoint_steps(FINETUNING["max_steps"]))]
+    callbacks = [SaveAt(checkpoint_steps(SHORT["max_steps"]))]
     if kind == "large":
         record, queries = large_run(folder, callbacks)
     else:

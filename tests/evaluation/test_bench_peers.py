@@ -37,8 +37,9 @@ def bench():
         import bench_lm_lds
         import bench_peers
 
-        for module in (bench_lm_lds, bench_peers):
-            patch.setattr(module, "FINETUNING", {"max_steps": STEPS, "learning_rate": 1e-3})
+        short = {"max_steps": STEPS, "learning_rate": 1e-3}
+        patch.setitem(bench_lm_lds.FINETUNING, "facts", short)
+        patch.setattr(bench_peers, "SHORT", short)
         patch.setitem(bench_lm_lds.PRETRAINING, "facts", {"max_steps": 3})
         yield bench_peers
 
