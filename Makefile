@@ -4,6 +4,7 @@
 #   make test     run the tests
 #   make lint     check style (make format puts it right)
 #   make bench    reproduce the figures of the README
+#   make docs     build the documentation into build/docs
 #
 # Variables: PYTHON=python3.12 picks the interpreter that makes .venv; PIP_ARGS is added to every pip install, for
 # example PIP_ARGS="--index-url URL" to take torch's CPU build from an index of your choice; ARGS is passed on to
@@ -22,7 +23,7 @@ PIP := $(PY) -m pip install --disable-pip-version-check --quiet -c constraints.t
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test lint format bench clean
+.PHONY: install demo test lint format bench docs clean
 
 install: $(STAMP)
 
@@ -49,6 +50,9 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	set -e; for script in benchmarks/bench_*.py; do $(PY) $$script $(ARGS); done
+
+docs: $(STAMP)
+	$(PY) -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
