@@ -26,11 +26,15 @@ from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
 import pytest
 from typer.main import get_command
 
 from hf_source.attribution import ENSEMBLES, METHODS, SourceAttributor
 from hf_source.cli import app
+
+from ..cases import byte_tokenizer, tiny_gpt2
+from ..story import facts
 
 
 ROOT = Path(__file__).parents[2]
@@ -233,6 +237,42 @@ def test_a_wrong_argument_would_be_noticed():
         test_python_blocks_fit_the_library("queries = Queries.from_text(prompt=['x'], completions=['y'])")
     with pytest.raises(AttributeError):
         test_python_blocks_fit_the_library("attributor.atribute(rows, queries)")
+
+
+def section(page: str, heading: str) -> str:
+    """The Python of one section of a page."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    (found,) = re.findall(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
+    code = "\n".join(body for kind, body in _BLOCK.findall(found) if kind == "python")
+    assert code, f"{page} has no code under {heading}"
+    return code
+
+
+@pytest.fixture()
+def given(tmp_path, monkeypatch) -> dict:
+    """What the pages say is the reader's own, on a byte-level model; `runs/` is in a folder of the test."""
+    monkeypatch.chdir(tmp_path)
+    model, rows = tiny_gpt2(vocab_size=260, n_positions=64), facts()
+    return {"model": model, "tokenizer": byte_tokenizer(), "facts": rows, "rows": rows, "dataset": rows}
+
+
+def test_the_quickstart_runs(given):
+    code = section("index.md", "Quickstart")
+    assert code.count("scored.sort") == 1 and "range(10)" in code
+    exec(code.replace("range(10)", "range(3)"), given)
+    assert given["scored"].num_rows == 8 and np.isfinite(given["scored"]["source_q0"][:]).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_the_how_to_runs(given):
+    """Section after section, as a reader would; evaluations, ensembles and the Hub have tests of their own."""
+    for heading in ("Record a stage", "LoRA", "Streams", "Ask your own question", "Several stages"):
+        exec(section("how-to.md", heading), given)
+    assert {"source_hungary", "source_wrong"} <= set(given["early"].column_names) & set(given["late"].column_names)
+    assert set(given["table"]["stage"]) == {"train", "lora"}
+    assert sorted(row["source_row"] for row in given["stream"]) == list(range(8))
+    exec(section("how-to.md", "Other methods and settings"), given)
+    assert given["scores"].shape == (2, 8) and np.isfinite(given["scores"]).all()
 
 
 # ---- tables and messages -------------------------------------------------------------------------------------------
