@@ -289,22 +289,29 @@ def test_every_method_and_setting_is_described():
             assert rows, f"{name}: {field.name}"
 
 
-def messages() -> str:
-    """All text of the library, with … for what is put in."""
+def messages() -> list[tuple[str, str]]:
+    """All text of the library, with … for what is put in, and the error that it is raised as, if any."""
     found = []
     for path in (ROOT / "hf_source").rglob("*.py"):
+        raised = {}
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.endswith("Error"):
+                raised |= {id(part): node.func.id for part in ast.walk(node)}
             if isinstance(node, ast.JoinedStr):
                 parts = (p.value if isinstance(p, ast.Constant) else "…" for p in node.values)
-                found.append("".join(parts))
+                found.append(("".join(parts), raised.get(id(node), "")))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
-    return "\n".join(found)
+                found.append((node.value, raised.get(id(node), "")))
+    return found
 
 
-def test_messages_are_those_of_the_library():
+def test_messages_and_their_errors_are_those_of_the_library():
     text, known = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"), messages()
-    shown = re.findall(r"^### `(.*)`$", text, re.MULTILINE)
+    shown = re.findall(r"^### `(.*)`\n\n`(\w+)`", text, re.MULTILINE)
     assert len(shown) == text.count("\n### ") and len(shown) > 40
-    missing = [message for message in shown if message not in known]
+    missing = [message for message, _ in shown if not any(message in said for said, _ in known)]
     assert not missing, missing
+    kinds = {message: {kind for said, kind in known if message in said and kind} for message, _ in shown}
+    wrong = {message: kinds[message] for message, kind in shown if kinds[message] and kind not in kinds[message]}
+    assert not wrong, wrong
+    assert sum(map(bool, kinds.values())) > 40
