@@ -183,7 +183,9 @@ def test_one_process_resumes_what_two_began_and_the_other_way_round(two):
 @pytest.mark.parametrize("case", ["run", "fsdp", "fsdp_odd"])
 def test_a_few_steps_are_verified_against_the_sampled_weights(two, case):
     (check,) = TrainingRecord.load(two / case / "record").check_replays(4)
-    assert check.problem is None and check.compared[:3] == ["step 0", "step 1", "step 3"]
+    steps = [name for name in check.compared if name.startswith("step")]
+    assert check.problem is None and steps == ["step 0", "step 1", "step 3"]
+    assert "checkpoint 3" in check.compared
     assert check.error <= 1e-6
 
 

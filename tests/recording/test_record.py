@@ -209,7 +209,7 @@ def test_a_record_on_the_hub(original, monkeypatch):
         asked.append((repo_id, repo_type))
         return str(original[0])
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("hf_source.hub.snapshot_download", download)
     assert len(TrainingRecord.load("me/capitals").stages) == 2
     assert asked == [("me/capitals", "model")]
 
@@ -218,7 +218,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
     def download(repo_id, repo_type):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("hf_source.hub.snapshot_download", download)
     with pytest.raises(RecordError, match="no folder 'me/capitals'.*no network"):
         TrainingRecord.load("me/capitals")
 
