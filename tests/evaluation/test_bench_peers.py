@@ -14,6 +14,8 @@
 """The comparison with other packages in `benchmarks/bench_peers.py`, on a tiny run and without the others."""
 
 import json
+import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -74,7 +76,8 @@ def test_export_holds_the_run_as_it_was(exported, bench):
 def test_a_method_runs_in_its_own_process_and_is_measured(exported, bench):
     record, queries, folder, about = exported
     line = bench.Line("hf_source", "grad-dot", "record")
-    [(_, scores, cost)] = bench.run_lines([line], folder, sys.executable)
+    here, python = Path(os.path.relpath(folder)), os.path.relpath(sys.executable)  # as one writes them
+    [(_, scores, cost)] = bench.run_lines([line], here, python)
     expected = SourceAttributor(record, method="grad-dot", progress=False).scores(None, queries)
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
     assert 1 <= cost["passes"] < 1.5  # every row once, the queries, and the check of two rows
@@ -160,8 +163,13 @@ def test_another_model_than_the_recorded_one_is_refused(exported, bench, tmp_pat
 def test_missing_packages_are_named_with_the_command(bench, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["bench_peers.py", "--out", str(tmp_path / "peers.json"), "--rows", "facts"])
     monkeypatch.setattr(bench, "has_peers", lambda python: False)
-    with pytest.raises(SystemExit, match="pip install --no-deps bergson==2.5.1 kronfluence==1.0.1"):
+    with pytest.raises(SystemExit) as stopped:
         bench.main()
+    said = str(stopped.value)
+    assert "build/peers/bin/pip install --no-deps bergson==2.5.1 kronfluence==1.0.1" in said
+    assert said.count("python3.11 -m venv") == 1 and "--packages hf_source" in said
+    python = re.search("--peers-python (.*)", said)[1]  # the interpreter that the commands above it make
+    assert f"{python.removesuffix('/bin/python')}\n" in said
     assert not (tmp_path / "peers.json").exists()
 
 
