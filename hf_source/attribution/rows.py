@@ -22,7 +22,7 @@ from datasets import Dataset
 
 from ..data import ROW, take_rows
 from ..errors import DataError, UnsupportedError
-from ..gradients import CausalLMTask, PairTask, RowGradients, RowLossTask, Task
+from ..gradients import CausalLMTask, PairTask, RowGradients, RowLayout, RowLossTask, Task
 from ..gradients.changes import without_changes
 from ..recording import StageRecord
 from ..recording.rows.matching import match_rows
@@ -68,7 +68,7 @@ class StageRows:
         self.stage = stage
         self.task = task
         self.max_tokens_per_batch = max_tokens_per_batch
-        own = task if isinstance(task, RowLossTask) else CausalLMTask() if task else RowLossTask()
+        own = task if isinstance(task, RowLossTask) else CausalLMTask() if task else RowLayout()
         self.columns = own.columns
         pairs = isinstance(task, PairTask)  # they lay sequences out in a way of their own
         self.collate = own.collator(processing_class) if pairs or data_collator is None else data_collator
@@ -83,7 +83,7 @@ class StageRows:
         if task is not None:
             self._check_items()
 
-    def _count_pieces(self, task: RowLossTask) -> None:
+    def _count_pieces(self, task: RowLayout) -> None:
         """One piece for each row."""
         count = self.stage.num_rows
         self.row = self.example = np.arange(count)
@@ -93,7 +93,7 @@ class StageRows:
         for number, row in zip(self.trained, _features(self.dataset, self.columns), strict=True):
             self.lengths[number], self.items[number] = task.length(row), task.count_items(row)
 
-    def _split_pieces(self, task: RowLossTask) -> None:
+    def _split_pieces(self, task: RowLayout) -> None:
         """The pieces of packed sequences."""
         examples = sorted(self.dataset, key=lambda example: example[ROW])
         found = [(number, piece) for number, example in enumerate(examples) for piece in split(example)]

@@ -30,7 +30,17 @@ from .preference import DPOTask, PairTask, RewardTask
 from .rows import Pass, RowGradients
 from .selection import is_known, task_for
 from .speech import CTCTask
-from .task import CausalLMTask, RowLossTask, Seq2SeqTask, Task, batch_to, labels_of, refuse_incomplete, task_labels
+from .task import (
+    CausalLMTask,
+    RowLayout,
+    RowLossTask,
+    Seq2SeqTask,
+    Task,
+    batch_to,
+    labels_of,
+    refuse_incomplete,
+    task_labels,
+)
 
 
 __all__ = [
@@ -53,6 +63,7 @@ __all__ = [
     "RewardTask",
     "Pass",
     "RowGradients",
+    "RowLayout",
     "RowLossTask",
     "Seq2SeqTask",
     "Task",

@@ -23,6 +23,7 @@ the predictions, and the Fisher therefore the Gauss-Newton matrix of what was tr
 """
 
 import inspect
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -74,9 +75,9 @@ class HeadTask(RowLossTask):
         """Whether a batch holds what the task compares predictions with."""
         return "labels" in batch or "label" in batch
 
+    @abstractmethod
     def fits(self, outputs: torch.Tensor, labels: torch.Tensor) -> bool:
         """Whether predictions and labels can be those of this task."""
-        raise NotImplementedError
 
     def count_items(self, row: Mapping[str, Any]) -> int:
         """Loss items of one row that is not collated yet."""

@@ -18,6 +18,7 @@ those of pairs, `heads.py` those of classification and regression. A task of you
 with two methods.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -47,7 +48,30 @@ class Task(Protocol):
         """Number of loss items of each row: int64 `[rows]`."""
 
 
-class RowLossTask:
+class RowLayout:
+    """How a stage's rows come in batches, whatever their loss is: all that is known where no task is.
+
+    Attributes:
+        columns: columns of a row that its collator reads; `None` for all but `source_row`.
+    """
+
+    columns: tuple[str, ...] | None = None
+
+    def collator(self, processing_class: Any) -> Callable[[list], Batch]:
+        """Makes a batch of rows, where the user gives no `data_collator`."""
+        return CausalLMCollator(processing_class)
+
+    def count_items(self, row: Mapping[str, Any]) -> int:
+        """Loss items of one row that is not collated yet."""
+        labels = row.get("labels", row.get("input_ids"))
+        return sum(label != IGNORE_INDEX for label in labels) if isinstance(labels, list) else 1
+
+    def length(self, row: Mapping[str, Any]) -> int:
+        """Tokens of a row, for batches of a limited size."""
+        return max((len(value) for value in row.values() if isinstance(value, (list, str))), default=1)
+
+
+class RowLossTask(RowLayout, ABC):
     """Base of a task of your own, for a Trainer whose loss per row the library does not know.
 
     Write `forward` and `row_losses`; rows then come in batches as the Trainer's collator makes them, and the curvature
@@ -67,20 +91,19 @@ class RowLossTask:
         ...         return (outputs[:, 0] - labels).square()
     """
 
-    columns: tuple[str, ...] | None = None
     sequences_per_row = 1
 
+    @abstractmethod
     def forward(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Predictions for a batch, which holds what the collator made; the first axis is the row."""
-        raise NotImplementedError(f"{type(self).__name__} needs `forward(model, batch)`: the predictions of a batch.")
 
+    @abstractmethod
     def row_losses(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Loss of each row, `[rows]`, from predictions and `batch["labels"]` (zeros `[rows]` if there are none).
 
         Summed over the row's loss items: what the Trainer minimised is the sum over rows, divided by the number of
         items.
         """
-        raise NotImplementedError(f"{type(self).__name__} needs `row_losses(outputs, labels)`: one loss for each row.")
 
     def sample_labels(self, outputs: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Labels for the curvature; the row's own by default."""
@@ -100,19 +123,6 @@ class RowLossTask:
             return torch.ones(len(labels), dtype=torch.int64)
         return labels.ne(IGNORE_INDEX).reshape(len(labels), -1).sum(dim=1)
 
-    def collator(self, processing_class: Any) -> Callable[[list], Batch]:
-        """Makes a batch of rows, where the user gives no `data_collator`."""
-        return CausalLMCollator(processing_class)
-
-    def count_items(self, row: Mapping[str, Any]) -> int:
-        """Loss items of one row that is not collated yet."""
-        labels = row.get("labels", row.get("input_ids"))
-        return sum(label != IGNORE_INDEX for label in labels) if isinstance(labels, list) else 1
-
-    def length(self, row: Mapping[str, Any]) -> int:
-        """Tokens of a row, for batches of a limited size."""
-        return max((len(value) for value in row.values() if isinstance(value, (list, str))), default=1)
-
     def prepare(self, model: torch.nn.Module, rows: Any) -> None:
         """Called with the stage's model and rows before the stage is walked through."""
 
@@ -122,14 +132,15 @@ class RowLossTask:
 
 
 def refuse_incomplete(task: Task | None) -> None:
-    """A task of the user's own says what a row's loss is, before anything is computed.
+    """A task of the user's own says what a row's loss is, before anything is computed, whatever its base class.
 
     Raises:
         ConfigError: if it does not.
     """
+    if isinstance(task, type):
+        raise ConfigError(f"task={task.__name__} is a class: make one of it, task={task.__name__}().")
     for method in ("forward", "row_losses"):
-        given = getattr(type(task), method, None)
-        if task is not None and (given is None or given is getattr(RowLossTask, method)):
+        if task is not None and not hasattr(type(task), method):
             raise ConfigError(
                 f"task={type(task).__name__} has no `{method}`: write `forward(model, batch)` (the predictions) and "
                 "`row_losses(outputs, labels)` (one loss a row); see `hf_source.RowLossTask`."

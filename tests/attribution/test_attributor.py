@@ -420,8 +420,16 @@ def test_an_incomplete_task_is_refused_at_once(story):
         def forward(self, model, batch):
             return model(batch["input_ids"]).logits
 
-    for task in (Half(), {"sft": Half()}):
-        with pytest.raises(ConfigError, match="task=Half has no `row_losses`: write"):
+    with pytest.raises(TypeError, match="Half .*abstract method '?row_losses"):
+        Half()
+
+    class OwnHalf:  # with no base class that says so
+        forward = Half.forward
+
+    for task in (OwnHalf(), {"sft": OwnHalf()}):
+        with pytest.raises(ConfigError, match="task=OwnHalf has no `row_losses`: write"):
             attributor(story, task=task)
     with pytest.raises(ConfigError, match="task=object has no `forward`"):
         attributor(story, task=object())
+    with pytest.raises(ConfigError, match=r"task=Half is a class: make one of it, task=Half\(\)"):
+        attributor(story, task=Half)

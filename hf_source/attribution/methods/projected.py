@@ -13,6 +13,7 @@
 # limitations under the License.
 """What methods with projected gradients share: features of rows and queries, `[rows, size]`."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,18 +33,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ProjectedOptions:
+class ProjectedOptions(ABC):
     """Settings of a method that projects gradients; tells `plan()` what they cost."""
 
     def num_passes(self, stage: StageRecord) -> int:
         """Passes over the stage's rows."""
         return 1
 
+    @abstractmethod
     def projector(
         self, attributor: "SourceAttributor", stage: StageRecord, gradients: RowGradients, seed: int | None = None
     ) -> Projector:
         """What projects the gradients of a stage's rows; drawn from the attributor's seed unless another is given."""
-        raise NotImplementedError
 
 
 def row_features(
