@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
@@ -44,6 +43,7 @@ from ..gradients import (
     refuse_incomplete,
     task_for,
 )
+from ..logs import get_logger
 from ..outputs.columns import add_score_columns, check_names, top_table, with_note
 from ..outputs.trust import trust_note
 from ..recording import StageRecord, TrainingRecord

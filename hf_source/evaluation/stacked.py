@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
 from ..attribution.queries import Queries
 from ..data import IGNORE_INDEX
 from ..errors import ConfigError, UnsupportedError
 from ..gradients import CausalLMTask, RowLossTask, Seq2SeqTask, Task, task_for
+from ..logs import get_logger
 from ..recording import StageRecord, TrainingRecord
 from ..recording.reading.assumed import require_recorded_visits
 from ..recording.rows.matching import match_rows

@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.logging import get_logger
 from datasets import Dataset
 from tqdm.auto import tqdm
 
@@ -32,6 +31,7 @@ from ..attribution.rows import collate
 from ..data import ROW
 from ..errors import ConfigError, RetrainingError
 from ..gradients import CausalLMTask, RowLossTask, Task, task_for, task_labels
+from ..logs import get_logger
 from ..recording import TrainingRecord, canonical_name
 from ..recording.rows.matching import match_rows
 from .cache import RetrainingCache

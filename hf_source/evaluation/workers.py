@@ -23,9 +23,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 
 from ..errors import ConfigError
+from ..logs import get_logger
 
 
 logger = get_logger(__name__)

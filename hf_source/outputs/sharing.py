@@ -19,13 +19,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate.logging import get_logger
-
 from .. import __version__
 from ..attribution.methods import METHODS
 from ..attribution.queries import Queries, same_queries
 from ..errors import ConfigError, DataError
 from ..hub import CARD_FILE, HubError, check_repo_id, commit, is_open, refuse_public
+from ..logs import get_logger
 from ..recording import StageRecord
 from ..recording.digest import record_digest
 from .attribution_files import FOLDERS, MANIFEST, Attribution, save_attribution

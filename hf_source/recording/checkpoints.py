@@ -23,11 +23,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate.logging import get_logger
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import RecordError
+from ..logs import get_logger
 from .recorder import SIDECAR, read_sidecar
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..errors import UnsupportedError
+from ..logs import get_logger
 from .deepspeed import refuse_deepspeed
 from .losses import describe_loss
 from .models import plain_model

@@ -19,10 +19,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 
 from ..data import ROW, content_fingerprint, dataset_digest
 from ..errors import UnsupportedError
+from ..logs import get_logger
 from .checks import has_dropout, has_router_loss
 from .config import RecordingOptions
 from .losses import describe_loss

@@ -22,9 +22,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 
 from ..errors import UnsupportedError
+from ..logs import get_logger
 from .names import named_parameters
 
 

@@ -23,9 +23,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 
 from ..data import ROW
+from ..logs import get_logger
 from .models import plain_model
 from .smoothing import label_smoothing
 

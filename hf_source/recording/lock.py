@@ -23,9 +23,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from accelerate.logging import get_logger
-
 from ..errors import RecordError
+from ..logs import get_logger
 
 
 logger = get_logger(__name__)

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from transformers.trainer_utils import has_length
 
 from ..errors import RecordError, UnsupportedError
+from ..logs import get_logger
 from .checkpoints import check_history
 from .checks import refuse_moving_momentum
 from .config import RecordingOptions

@@ -21,7 +21,6 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate.logging import get_logger
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -29,6 +28,7 @@ from ..data import IGNORE_INDEX, ROW, CausalLMCollator, dataset_kind, prepare_ro
 from ..errors import DataError, UnsupportedError
 from ..gradients.heads import HeadTask
 from ..gradients.selection import HEADS, TASKS
+from ..logs import get_logger
 from .checkpoints import check_checkpoint, forget_checkpoint, last_checkpoint
 from .checks import refuse_unsupported, warn_about_resuming, warn_about_unknown_loss
 from .config import RecordingOptions, SourceConfig

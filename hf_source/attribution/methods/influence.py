@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.logging import get_logger
 
 from ...curvature import EKFACInverse, GaussNewtonProducts, JointInverse, conjugate_gradient, systematic_sample
 from ...errors import ConfigError
 from ...gradients import RowGradients
+from ...logs import get_logger
 from ...source import draw_sample
 from ..queries import Queries
 from .base import Scores, Vectors

@@ -28,11 +28,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.logging import get_logger
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from ...errors import ConfigError, DataError, RecordError, UnsupportedError
+from ...logs import get_logger
 from ..checks import refuse_unsupported
 from ..config import RecordingOptions, SourceConfig
 from ..description import describe_stage

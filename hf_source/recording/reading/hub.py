@@ -19,9 +19,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate.logging import get_logger
-
 from ...errors import ConfigError, RecordError
+from ...logs import get_logger
 from ..rows.stored import ROWS_FILE
 from ..writer import RECORD_FILE
 

@@ -17,9 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate.logging import get_logger
-
 from ...errors import RecordError
+from ...logs import get_logger
 from ..writer import RECORD_FILE, file_entry, read_record_json
 from .hub import download_record, looks_like_hub_id, push_record
 from .stage import StageRecord

@@ -26,11 +26,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import xxhash
-from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 
 from ...data import IGNORE_INDEX, ROW
 from ...errors import DataError, UnsupportedError
+from ...logs import get_logger
 from ..processes import Processes
 from ..writer import RecordWriter, atomic_write
 from .numbering import LARGEST_NUMBER

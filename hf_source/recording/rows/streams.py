@@ -22,10 +22,10 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate.logging import get_logger
 
 from ...data import ROW
 from ...errors import DataError, UnsupportedError
+from ...logs import get_logger
 from .numbering import RowDataset, with_row_numbers
 
 
