@@ -14,7 +14,6 @@
 """Jobs in spawned processes, each of which opens what it needs once; a process that dies costs its own job only."""
 
 import multiprocessing
-import pickle
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +30,7 @@ from ..logs import get_logger
 logger = get_logger(__name__)
 
 Open = Callable[[], Callable[[Any], Any]]
-"""Picklable; called once in a process, and gives the function that does a job there."""
+"""What `multiprocessing` can send; called once in a process, and gives the function that does a job there."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +68,6 @@ def run_jobs(open_worker: Open, jobs: Sequence[Any], num_workers: int) -> Iterat
         for position, job in enumerate(jobs):
             yield position, _attempt(work, job)
         return
-    try:
-        pickle.dumps(open_worker)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise ConfigError(
-            f"What training needs cannot be sent to another process ({error}). Give functions and classes that are "
-            "defined at the top of a module, or num_workers=0."
-        ) from error
     pool = _Pool(open_worker, min(num_workers, len(jobs)))
     try:
         yield from pool.run(jobs)
@@ -116,7 +108,15 @@ class _Pool:
     def _start(self) -> Connection:
         ours, theirs = self.context.Pipe()
         process = self.context.Process(target=_serve, args=(theirs, self.open_worker), daemon=True)
-        process.start()
+        try:
+            process.start()
+        except (OSError, RuntimeError):  # no room for one more, or a script without `if __name__ == "__main__"`
+            raise
+        except Exception as error:  # while `open_worker` is written down for it
+            raise ConfigError(
+                f"What training needs cannot be sent to another process ({error}). Give functions and classes that "
+                "are defined at the top of a module, or num_workers=0."
+            ) from error
         theirs.close()  # so that the death of the process ends the connection
         self.workers[ours] = (process, None)
         return ours

@@ -13,7 +13,9 @@
 # limitations under the License.
 
 
+import multiprocessing
 import re
+import threading
 from functools import partial
 
 import numpy as np
@@ -177,6 +179,13 @@ def test_a_worker_that_dies_costs_its_own_job(tmp_path):
     assert (found[0], found[1], found[4]) == (0, 10, 40)  # job 1 at its second try
     assert found[2] == Failure("its process died (exit code 7), twice", died=True)
     assert found[3].reason == "ValueError: no threes" and "worker_jobs" in found[3].details
+
+
+@pytest.mark.parametrize("unsendable", [lambda: None, partial(worker_jobs.fragile, threading.Lock())])
+def test_what_cannot_be_sent_is_refused_with_no_process_left(unsendable):
+    with pytest.raises(ConfigError, match="cannot be sent to another process .*num_workers=0"):
+        list(run_jobs(unsendable, [0, 1], 2))
+    assert not multiprocessing.active_children()
 
 
 def test_a_failed_subset_does_not_lose_the_others(record, tmp_path, monkeypatch):
