@@ -14,7 +14,6 @@
 """`hf-source`: record a training, generate, and ask which rows made the model say it."""
 
 import logging
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +22,27 @@ import typer
 from .cli_errors import friendly_errors
 from .cli_evaluate import evaluate
 from .cli_experiment import experiment_app
+from .cli_options import (
+    SAMPLES_HELP,
+    Completions,
+    CurvatureName,
+    CurvatureOption,
+    DatasetPath,
+    Ensemble,
+    EnsembleName,
+    EnsembleSize,
+    MaxNewTokens,
+    Method,
+    MethodOption,
+    NumSamples,
+    Prompts,
+    QueriesFile,
+    Recipe,
+    Record,
+    Runs,
+    Settings,
+    Stage,
+)
 from .cli_push import push
 from .cli_record import record_app
 from .errors import ConfigError
@@ -42,85 +62,6 @@ app.add_typer(record_app, name="record")
 app.add_typer(experiment_app, name="experiment")
 app.command()(evaluate)
 app.command()(push)
-
-
-class Method(StrEnum):
-    """`--method`."""
-
-    source = "source"
-    fast_source = "fast-source"
-    stepwise = "stepwise"
-    unrolled = "unrolled"
-    influence = "influence"
-    tracin = "tracin"
-    grad_dot = "grad-dot"
-    grad_cos = "grad-cos"
-    trak = "trak"
-    trackstar = "trackstar"
-    logra = "logra"
-    datainf = "datainf"
-    bm25 = "bm25"
-    embedding = "embedding"
-
-
-class CurvatureName(StrEnum):
-    """`--curvature`."""
-
-    joint = "joint"
-    ekfac = "ekfac"
-    ekfac_hybrid = "ekfac-hybrid"
-    diagonal = "diagonal"
-    identity = "identity"
-    exact = "exact"
-
-
-class EnsembleName(StrEnum):
-    """`--ensemble`."""
-
-    independent = "independent"
-    dropout = "dropout"
-    lora = "lora"
-
-
-Record = Annotated[str, typer.Argument(help="Folder of the training record, or its id on the Hub.")]
-Runs = Annotated[
-    list[str] | None,
-    typer.Option("--run", help="Record of another run of the same stages with another seed; repeatable: an ensemble."),
-]
-Ensemble = Annotated[
-    EnsembleName | None,
-    typer.Option(help="Average over models: the runs, dropout masks, or briefly tuned LoRA adapters.",
-                 show_default="independent with --run"),
-]  # fmt: skip
-EnsembleSize = Annotated[
-    int | None, typer.Option(help="Dropout masks or adapters of each run.", show_default="10 masks, 3 adapters")
-]
-QueriesFile = Annotated[
-    Path | None,
-    typer.Option("--queries", "-q", help="JSON Lines (or csv, parquet) with prompt, completion and optional name."),
-]
-Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")]
-Completions = Annotated[
-    list[str] | None,
-    typer.Option("--completion", "-c", help="What was said after each --prompt. Without it the model generates."),
-]
-MaxNewTokens = Annotated[int, typer.Option(help="Longest generated completion.")]
-Stage = Annotated[str | None, typer.Option(help="Stage whose rows are scored (needed if there are several).")]
-DatasetPath = Annotated[
-    str | None, typer.Option(help="The stage's dataset, as it was trained on. By default the rows in the record.")
-]
-# Not given means: as the recipe says, or by default as SourceAttributor does.
-MethodOption = Annotated[Method | None, typer.Option(help="How rows are scored.", show_default="source")]
-CurvatureOption = Annotated[
-    CurvatureName | None, typer.Option(help="Curvature of Source: `joint` is the most accurate.", show_default="joint")
-]
-SAMPLES_HELP = "Sampled gradients per segment: accuracy against time and memory."
-NumSamples = Annotated[int | None, typer.Option(help=SAMPLES_HELP, show_default="1024")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", help="Any other setting of SourceAttributor as key=value, e.g. seed=1; repeatable."),
-]
-Recipe = Annotated[Path | None, typer.Option(help="YAML file with settings of SourceAttributor; options override it.")]
 
 
 @app.command()
@@ -308,8 +249,8 @@ def _named(
     method: Method | None,
     curvature: CurvatureName | None,
     num_samples: int | None,
-    ensemble: EnsembleName | None,
-    ensemble_size: int | None,
+    ensemble: EnsembleName | None = None,
+    ensemble_size: int | None = None,
 ) -> dict[str, Any]:
     """The options that were given."""
     named = {"method": method and method.value, "curvature": curvature and curvature.value, "num_samples": num_samples}

@@ -20,6 +20,18 @@ from typing import Annotated, Any
 import typer
 
 from .cli_errors import friendly_errors
+from .cli_options import (
+    Cache,
+    Completions,
+    MaxNewTokens,
+    MethodNames,
+    Prompts,
+    QueriesFile,
+    Record,
+    ReportFolder,
+    Settings,
+    Stage,
+)
 from .errors import ConfigError
 
 
@@ -31,16 +43,10 @@ class RetrainingName(StrEnum):
 
 
 def evaluate(
-    record: Annotated[str, typer.Argument(help="Folder of the training record, or its id on the Hub.")],
-    queries: Annotated[
-        Path | None,
-        typer.Option("--queries", "-q", help="JSON Lines (or csv, parquet) with prompt, completion, optional name."),
-    ] = None,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
-    completion: Annotated[
-        list[str] | None,
-        typer.Option("--completion", "-c", help="What was said after each --prompt; else the model generates."),
-    ] = None,
+    record: Record,
+    queries: QueriesFile = None,
+    prompt: Prompts = None,
+    completion: Completions = None,
     protocol: Annotated[
         list[str] | None,
         typer.Option(
@@ -48,16 +54,8 @@ def evaluate(
             show_default="removal",
         ),
     ] = None,
-    methods: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--methods",
-            "-m",
-            help="Methods to compare, repeatable or with commas; settings after a colon: source:num_samples=512.",
-            show_default="source",
-        ),
-    ] = None,
-    stage: Annotated[str | None, typer.Option(help="Stage whose rows are left out (needed if several).")] = None,
+    methods: MethodNames = None,
+    stage: Stage = None,
     num_subsets: Annotated[int | None, typer.Option(help="Subsets left out.", show_default="64; halves: 100")] = None,
     fraction: Annotated[float | None, typer.Option(help="Share of rows left out.", show_default="0.02; 0.5")] = None,
     seeds: Annotated[int | None, typer.Option(help="Orders averaged over.", show_default="the run's; 5")] = None,
@@ -73,17 +71,10 @@ def evaluate(
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="With --seeds: new initial weights, too.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Make the first ones, tell the time of all, and end.")] = False,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder for report.json, report.md and report.html.")
-    ] = None,
-    cache: Annotated[
-        Path | None, typer.Option(help="Folder of finished retrainings.", show_default="the record's")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest generated completion.")] = 32,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", "-s", help="A setting of SourceAttributor as key=value, for every method; repeatable."),
-    ] = None,
+    out: ReportFolder = None,
+    cache: Cache = None,
+    max_new_tokens: MaxNewTokens = 32,
+    settings: Settings = None,
 ) -> None:
     """Measure on your own run how well scores foretell what training without rows does (LDS).
 
@@ -98,7 +89,7 @@ def evaluate(
         from .evaluation.planning import plan_evaluation
 
         chosen = labelled(methods or ["source"])
-        attributor = _attributor(record, None, settings, {})
+        attributor = _attributor([record], None, settings, {})
         asked = _queries(attributor, queries, prompt, completion, max_new_tokens)
         chosen_again = {"stage": stage, "cache": cache, "fresh": fresh}
         again = _retraining(attributor, attributor.encode(asked), retraining, num_workers, training, chosen_again)

@@ -19,35 +19,28 @@ from typing import Annotated, Any
 import typer
 
 from .cli_errors import friendly_errors
+from .cli_options import (
+    Cache,
+    Completions,
+    MethodNames,
+    Prompts,
+    QueriesFile,
+    Record,
+    ReportFolder,
+    Settings,
+    Stage,
+)
 from .errors import ConfigError
 
 
 experiment_app = typer.Typer(
-    help="Judge scores by removing rows, training on them again, or rows whose truth is known.", no_args_is_help=True
+    help="Judge scores by removing rows, training on them again, or rows whose truth is known.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
 )
 
-Record = Annotated[str, typer.Argument(help="Folder of the training record, or its id on the Hub.")]
-QueriesFile = Annotated[
-    Path | None,
-    typer.Option("--queries", "-q", help="JSON Lines (or csv, parquet) with prompt, completion and optional name."),
-]
-Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")]
-Completions = Annotated[
-    list[str] | None, typer.Option("--completion", "-c", help="What was said after each --prompt; else generated.")
-]
-MethodNames = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--methods", "-m", help="As for `evaluate`: source,bm25 or source:num_samples=512.", show_default="source"
-    ),
-]
-Stage = Annotated[str | None, typer.Option(help="Stage whose rows are judged (needed if several).")]
 DatasetPath = Annotated[str | None, typer.Option(help="The stage's dataset, for columns that the record lacks.")]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for report.json, report.md and report.html.")]
-Cache = Annotated[Path | None, typer.Option(help="Folder of finished retrainings.", show_default="the record's")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", "-s", help="A setting of SourceAttributor as key=value; repeatable.")
-]
 K = Annotated[list[int] | None, typer.Option("-k", help="Numbers of rows; repeatable.")]
 Seeds = Annotated[int, typer.Option(help="Other orders of training to average over; 0 for the run's own.")]
 Seed = Annotated[int, typer.Option(help="Of random rows.")]
@@ -70,7 +63,7 @@ def removal(
     stage: Stage = None,
     dataset: DatasetPath = None,
     cache: Cache = None,
-    out: Out = None,
+    out: ReportFolder = None,
     settings: Settings = None,
 ) -> None:
     """Train again without each query's top rows: how much does its loss rise (QLD)?"""
@@ -97,7 +90,7 @@ def leave_one_out(
     stage: Stage = None,
     dataset: DatasetPath = None,
     cache: Cache = None,
-    out: Out = None,
+    out: ReportFolder = None,
     settings: Settings = None,
 ) -> None:
     """Train again without single rows: is a score the number of nats that a row is worth?"""
@@ -122,7 +115,7 @@ def tail_patch(
     seed: Seed = 0,
     stage: Stage = None,
     dataset: DatasetPath = None,
-    out: Out = None,
+    out: ReportFolder = None,
     settings: Settings = None,
 ) -> None:
     """Take one more step on each query's top rows: does the model become likelier to say it?"""
@@ -142,7 +135,7 @@ def agreement(
     k: K = None,
     stage: Stage = None,
     dataset: DatasetPath = None,
-    out: Out = None,
+    out: ReportFolder = None,
     settings: Settings = None,
 ) -> None:
     """Compare with the exact derivative of the recorded training, for few queries on short runs."""
@@ -163,7 +156,7 @@ def mislabelled(
     checked: Annotated[list[float] | None, typer.Option(help="Shares of rows checked; repeatable.")] = None,
     stage: Stage = None,
     dataset: DatasetPath = None,
-    out: Out = None,
+    out: ReportFolder = None,
     settings: Settings = None,
 ) -> None:
     """List rows by self-influence, by loss and (with clean queries) by influence: do wrong ones come first?"""
@@ -180,7 +173,7 @@ def retrieval(
     methods: MethodNames = None,
     stage: Stage = None,
     dataset: DatasetPath = None,
-    out: Out = None,
+    out: ReportFolder = None,
     settings: Settings = None,
 ) -> None:
     """Does the row that states a fact come out on top?"""
@@ -214,7 +207,7 @@ def _experiment(
     from .evaluation.experiments import Experiment
 
     chosen = labelled(methods or ["source"])
-    attributor = _attributor(record, None, settings, {})
+    attributor = _attributor([record], None, settings, {})
     if dataset is not None:
         attributor.set_dataset(stage, _rows(dataset))
     asked = None

@@ -13,27 +13,33 @@
 # limitations under the License.
 """`hf-source push`: attribute, and share the scores on the Hub."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .cli_errors import friendly_errors
+from .cli_options import (
+    Completions,
+    CurvatureOption,
+    MaxNewTokens,
+    MethodOption,
+    NumSamples,
+    Prompts,
+    QueriesFile,
+    Recipe,
+    Record,
+    Revision,
+    Settings,
+)
 from .errors import ConfigError
 
 
 def push(
-    record: Annotated[str, typer.Argument(help="Folder of the training record, or its id on the Hub.")],
+    record: Record,
     repo_id: Annotated[str, typer.Argument(metavar="REPO", help="Dataset repository on the Hub, as user/name.")],
-    queries: Annotated[
-        Path | None,
-        typer.Option("--queries", "-q", help="JSON Lines (or csv, parquet) with prompt, completion, optional name."),
-    ] = None,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
-    completion: Annotated[
-        list[str] | None,
-        typer.Option("--completion", "-c", help="What was said after each --prompt; else the model generates."),
-    ] = None,
+    queries: QueriesFile = None,
+    prompt: Prompts = None,
+    completion: Completions = None,
     stage: Annotated[
         list[str] | None, typer.Option(help="Stage whose rows are scored; repeatable.", show_default="all")
     ] = None,
@@ -62,25 +68,14 @@ def push(
         list[str] | None,
         typer.Option(help="Dataset on the Hub that the rows come from, as id or stage=id; repeatable."),
     ] = None,
-    method: Annotated[
-        str | None, typer.Option(help="How rows are scored, as in `attribute`.", show_default="source")
-    ] = None,
-    curvature: Annotated[
-        str | None, typer.Option(help="Curvature of Source, as in `attribute`.", show_default="joint")
-    ] = None,
-    num_samples: Annotated[
-        int | None, typer.Option(help="Sampled gradients per segment.", show_default="1024")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest generated completion.")] = 32,
-    recipe: Annotated[
-        Path | None, typer.Option(help="YAML file with settings of SourceAttributor; options override it.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", "-s", help="Any other setting of SourceAttributor as key=value; repeatable."),
-    ] = None,
+    method: MethodOption = None,
+    curvature: CurvatureOption = None,
+    num_samples: NumSamples = None,
+    max_new_tokens: MaxNewTokens = 32,
+    recipe: Recipe = None,
+    settings: Settings = None,
     max_columns: Annotated[int, typer.Option(help="With more queries, scores are one list per row.")] = 100,
-    revision: Annotated[str | None, typer.Option(help="Branch on the Hub.", show_default="main")] = None,
+    revision: Revision = None,
     commit_message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload attribution",
 ) -> None:
     """Attribute, and publish scores, strongest rows and queries on the Hub as a dataset with a card.
@@ -88,13 +83,12 @@ def push(
     Log in first with `hf auth login`. `hf_source.load_attribution` and `datasets.load_dataset` read it.
     """
     with friendly_errors():
-        from .cli import _attributor, _queries
+        from .cli import _attributor, _named, _queries
         from .recipes import load_rows
 
-        named = {"method": method, "curvature": curvature, "num_samples": num_samples}
         given = _by_stage(dataset, "--dataset")
         sources = _sources(source_dataset)
-        attributor = _attributor([record], recipe, settings, {k: v for k, v in named.items() if v is not None})
+        attributor = _attributor([record], recipe, settings, _named(method, curvature, num_samples))
         for name, path in given.items():
             attributor.set_dataset(name, load_rows(path))
         asked = _queries(attributor, queries, prompt, completion, max_new_tokens)

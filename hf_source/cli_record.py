@@ -19,6 +19,7 @@ from typing import Annotated
 import typer
 
 from .cli_errors import friendly_errors
+from .cli_options import Record, Revision
 
 
 record_app = typer.Typer(
@@ -28,10 +29,8 @@ record_app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Record = Annotated[str, typer.Argument(help="Folder of the training record, or its id on the Hub.")]
 Folder = Annotated[Path, typer.Argument(help="Folder of the training record.")]
 RepoId = Annotated[str, typer.Argument(help="Repository on the Hub, as user/name.")]
-Revision = Annotated[str | None, typer.Option(help="Branch on the Hub.", show_default="main")]
 
 
 @record_app.command()

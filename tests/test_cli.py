@@ -29,7 +29,7 @@ from .cases import byte_tokenizer
 from .story import chats, facts, tell
 
 
-COMMANDS = ("demo", "train", "generate", "plan", "attribute", "top", "push", "record")
+COMMANDS = ("demo", "train", "generate", "plan", "attribute", "top", "push", "evaluate", "record", "experiment")
 FEW = ["--num-samples", "16"]
 ASKED = ["--prompt", "Peru:", "--completion", " Lima"]
 
@@ -91,6 +91,12 @@ def test_help_of_a_command(command):
     out = run(command, "--help")
     assert f"hf-source {command}" in out or f" {command} " in out
     assert "--help" in out
+    assert run(command, "-h") == out
+
+
+def test_help_of_the_commands_in_a_group():
+    for group, command in [("record", "verify"), ("experiment", "tail-patch")]:
+        assert run(group, command, "-h") == run(group, command, "--help")
 
 
 def test_no_command_shows_the_help():
