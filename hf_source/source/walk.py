@@ -25,7 +25,7 @@ spread over them (the paper's own form; averages are its FAST-SOURCE).
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -57,6 +57,8 @@ class WalkSettings:
         momentum: weigh each visit by the updates that applied its gradient, rather than by the step that took it.
         progress: wraps an iterable with a description, e.g. in a progress bar.
         checkpoints: take gradients at the weights stored along a segment, where there are any.
+        targets: stage name -> what is scored in place of all rows of the stage, such as the tokens of a few of them
+            (`RowTokens`); samples of the curvature are still drawn from the rows.
     """
 
     curvature: Any
@@ -68,6 +70,7 @@ class WalkSettings:
     momentum: bool = False
     progress: Callable[[Sequence, str], Any] = lambda items, description: items
     checkpoints: bool = False
+    targets: Mapping[str, Any] = field(default_factory=dict)
 
 
 def walk(
@@ -96,7 +99,8 @@ def walk(
     for position in range(len(stages) - 1, -1, -1):
         stage = stages[position]
         gradients, names, vectors = open_stage(stages, position, rows, query_gradients, settings, models, vectors)
-        scores = np.zeros((len(next(iter(vectors.values()))), stage.num_rows), dtype=np.float32)
+        count = settings.targets[stage.name].count if stage.name in settings.targets else stage.num_rows
+        scores = np.zeros((len(next(iter(vectors.values()))), count), dtype=np.float32)
         for segment in reversed(stage.segments):
             vectors = _through_segment(segment, stage, rows[stage.name], gradients, vectors, scores, settings)
         vectors = {names[name]: vector for name, vector in vectors.items()}
@@ -183,19 +187,20 @@ def _through_segment(segment, stage, rows, gradients, vectors, scores, settings)
     )
     scoring, vectors = settings.curvature.propagate(vectors, flow, sample)
     parts = segment.applied_parts() if settings.momentum else [(list(scoring), segment.row_weights())]
-    parts = [(names, by_row[rows.example]) for names, by_row in parts]
+    targets = settings.targets.get(stage.name, rows)
+    parts = [(names, by_row[targets.example]) for names, by_row in parts]
     visited = np.flatnonzero(sum(np.abs(weights) for _, weights in parts))
-    batches = rows.batches(visited)[settings.share[0] :: settings.share[1]]
+    batches = targets.batches(visited)[settings.share[0] :: settings.share[1]]
     for number, load in enumerate(enter, start=1):
         if len(enter) > 1:
             load()
         title = f"scoring {stage.name}, segment {segment.index + 1}" + (f", checkpoint {number}" if steps else "")
         for pieces in settings.progress(batches, title):
-            batch = rows.collated(pieces, settings.device)
+            batch = targets.collated(pieces, settings.device)
             dots = score_rows(gradients, batch, scoring, [names for names, _ in parts]).double()
             scales = [torch.as_tensor(weights[pieces] / (flow.length * len(enter))) for _, weights in parts]
             found = sum(dot * scale for dot, scale in zip(dots, scales, strict=True)).float().numpy()
-            np.add.at(scores, (slice(None), rows.row[pieces]), found)  # a row may have several pieces
+            np.add.at(scores, (slice(None), targets.row[pieces]), found)  # a row may have several pieces
     return vectors
 
 

@@ -1,0 +1,101 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Influence between tokens: what it must add up to."""
+
+import numpy as np
+import pytest
+
+from hf_source import Queries, SourceAttributor
+from hf_source.attribution.tokens import RowTokens, token_influence
+from hf_source.errors import UnsupportedError
+
+
+@pytest.fixture(scope="module")
+def asked(story):
+    attributor = SourceAttributor.from_record(story.path, num_samples=16, progress=False)
+    queries = Queries.from_text(["Peru:", "Q Cuba? A"], [" Lima", " Havana"], names=["lima", "havana"])
+    return attributor, queries, attributor.top(queries, k=2)
+
+
+def test_tokens_add_up_to_rows(asked):
+    """Source is linear: a row's score is the sum over its tokens, and over the answer's."""
+    attributor, queries, top = asked
+    found = token_influence(attributor, queries, top)
+    for row in top:
+        tokens = found.rows[row["query"], row["stage"], row["row"]]
+        total = sum(score for _, score in tokens if score is not None)
+        # Scores are float32, and tokens of both signs cancel.
+        scale = sum(abs(score) for _, score in tokens if score is not None)
+        np.testing.assert_allclose(total, row["score"], atol=1e-4 * scale)
+        assert scale > 0
+    for name, _, completion in queries:
+        shown = sum(row["score"] for row in top if row["query"] == name)
+        received = found.answers[name]
+        scale = sum(abs(row["score"]) for row in top if row["query"] == name)
+        np.testing.assert_allclose(sum(score for _, score in received), shown, atol=1e-4 * scale)
+        assert "".join(text for text, _ in received) == completion
+        assert len(received) == len(completion)  # a byte is a token
+
+
+def test_texts_of_rows_are_whole(asked):
+    attributor, queries, top = asked
+    found = token_influence(attributor, queries, top, max_parts=3)
+    for row in top:
+        tokens = found.rows[row["query"], row["stage"], row["row"]]
+        assert "".join(text for text, _ in tokens) == row["text"] + "<eos>"
+        assert 1 < sum(score is not None for _, score in tokens) <= 3
+        if row["stage"] == "sft":  # the prompt did not train
+            assert tokens[0][0].startswith("Q ") and tokens[0][1] is None
+
+
+def test_parts_are_bounded_by_memory(asked):
+    attributor, queries, top = asked
+    size = sum(int(np.prod(info["shape"])) for info in attributor.record.stages[0].tensor_info.values())
+    small = attributor.like(memory_budget=3 * 4 * size * 2 * 2)
+    assert {len(tokens) for tokens in token_influence(small, queries, top).answers.values()} == {2}
+    none = attributor.like(memory_budget=1)
+    assert not token_influence(none, queries, top).answers  # one part would say nothing
+
+
+def test_row_tokens_respect_the_token_budget(asked):
+    attributor, _, _ = asked
+    rows = attributor.like(max_tokens_per_batch=30).rows(attributor.record.stages[0])
+    tokens = RowTokens(rows, [0, 3])
+    batches = tokens.batches(range(tokens.count))
+    assert sorted(np.concatenate(batches)) == list(range(tokens.count)) and len(batches) > 2
+    for batch in batches:
+        inputs = tokens.collated(batch, attributor.device)
+        assert inputs["input_ids"].numel() <= 30
+        assert (inputs["labels"] != -100).sum(dim=1).tolist() == [1] * len(batch)
+
+
+def test_a_letter_of_several_tokens_stays_whole(asked):
+    attributor, _, _ = asked
+    queries = Queries.from_text(["Peru:"], [" Pérou"])
+    found = token_influence(attributor, queries, attributor.top(queries, k=1))
+    assert [text for text, _ in found.answers["q0"]] == [" ", "P", "é", "r", "o", "u"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"method": "grad-dot"}, "scores rows as a whole: use 'source'"),
+        ({"ensemble": "dropout", "ensemble_size": 2, "dropout": 0.1}, "an ensemble scores rows as a whole"),
+        ({"measurement": "margin"}, "a measurement other than the loss is no sum over tokens"),
+    ],
+)
+def test_what_has_no_tokens_is_refused(asked, settings, reason):
+    attributor, queries, top = asked
+    with pytest.raises(UnsupportedError, match=reason):
+        token_influence(attributor.like(**settings), queries, top)
