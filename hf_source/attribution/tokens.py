@@ -13,9 +13,9 @@
 # limitations under the License.
 """Influence between tokens: from each label token of a few training rows to each token of an answer.
 
-Source is linear in the query's gradient and in the row's, and both are sums over tokens: the score of a row is the sum
-of what its label tokens contribute to the tokens of the answer. One more walk gives all of these terms for the few rows
-that are shown, in which each answer token is a query and each label token of a row is scored alone.
+Source is linear in the gradient of the query and in that of the row, and both are sums over tokens: the score of a row
+is the sum of what its label tokens contribute to the tokens of the answer. One more walk gives all of these terms for
+the few rows that are shown, in which each answer token is a query and each label token of a row is scored alone.
 """
 
 from collections.abc import Mapping, Sequence
