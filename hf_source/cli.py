@@ -45,6 +45,7 @@ from .cli_options import (
 )
 from .cli_push import push
 from .cli_record import record_app
+from .cli_report import report
 from .errors import ConfigError
 
 
@@ -52,7 +53,8 @@ app = typer.Typer(
     help="Which training rows made the model say this, and in which stage?\n\n"
     "Start with `hf-source demo`. For your own model: `train` (or SourceTrainer in Python) leaves a training record; "
     "`generate` lets the model speak and writes queries; `plan` tells the cost; `attribute` writes the scores as "
-    "columns of the dataset; `top` shows the rows that matter; `push` shares them on the Hub.",
+    "columns of the dataset; `top` shows the rows that matter; `report` writes a page; `push` shares them on the "
+    "Hub.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -62,6 +64,7 @@ app.add_typer(record_app, name="record")
 app.add_typer(experiment_app, name="experiment")
 app.command()(evaluate)
 app.command()(push)
+app.command()(report)
 
 
 @app.command()

@@ -681,6 +681,41 @@ class SourceAttributor:
             commit_message=commit_message,
         )
 
+    def report(
+        self,
+        path: str | Path,
+        queries: Queries | None = None,
+        stages: Iterable[str] | None = None,
+        k: int = 5,
+        *,
+        title: str | None = None,
+        columns: Iterable[str] | None = None,
+        shaded: int = 8,
+    ) -> Path:
+        """Write what is to be said of some answers as one HTML file, which needs neither network nor script.
+
+        It shows each answer with its strongest rows, both shaded by the influence of their tokens; how scores are
+        distributed; the shares of stages and of the values of columns; how far to trust it all; and the settings.
+
+        Args:
+            path: file to write, ending in `.html`.
+            queries, stages: see `push_to_hub`; of given datasets see `set_dataset`.
+            k: rows shown per answer, stage and direction.
+            title: heading.
+            columns: of the datasets, whose values make groups; by default those that look like labels or sources.
+            shaded: answers whose tokens are shaded, the first ones; it takes one walk more. 0 for none.
+
+        Returns:
+            The path.
+
+        Raises:
+            ConfigError: if nothing was attributed and no queries are given.
+            DataError: if no stage has one of the columns.
+        """
+        from ..outputs.report import report_of
+
+        return report_of(self, path, queries, stages, k, title=title, columns=columns, shaded=shaded)
+
     def plan(self, dataset: Dataset | None, queries: Queries, stage: str | None = None) -> Plan:
         """What an attribution will cost, from a short calibration; nothing else is run."""
         record = self.record.stage(stage) if stage or len(self.record.stages) == 1 else self.record.stages[0]

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 MAX_PARTS = 64
 """Parts that the label tokens of a row, and of an answer, are cut into at most."""
 
+END = "\N{END OF PROOF}"
+"""Shown for the token that ends a text."""
+
 Tokens = list[tuple[str, float | None]]
 """Pieces of a text in its order, with the influence of each; `None` where nothing was trained or asked."""
 
@@ -245,6 +248,7 @@ def _texts(processing_class: Any, ids: list[int], parts: list[list[int]], scores
     keys = [part_of.get(place) for place in range(len(ids))]
     ends = [place + 1 for place in range(len(ids)) if place + 1 == len(ids) or keys[place + 1] != keys[place]]
     decode = lambda some: processing_class.decode(some, skip_special_tokens=False)  # noqa: E731
+    ends_text = len(ids) > 1 and ids[-1] == processing_class.eos_token_id
     found, text, start = [], "", 0
     pending: list[int] = []
     used: set[int] = set()  # a part whose tokens are not neighbours counts where it begins
@@ -257,6 +261,7 @@ def _texts(processing_class: Any, ids: list[int], parts: list[list[int]], scores
         if now.endswith("\N{REPLACEMENT CHARACTER}") and end < len(ids):
             continue
         new = now[len(text) :] if now.startswith(text) else decode(ids[start:end])
+        new = END if ends_text and start == len(ids) - 1 else new
         found.append((new, float(sum(scores[key] for key in pending)) if pending else None))
         text, pending, start = now, [], end
     return found

@@ -25,6 +25,14 @@ from datasets import Dataset
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..attribution.queries import Queries
+from ..attribution.tokens import TokenInfluence, Tokens
+from .groups import Group
+
+
+SHOWN_OPEN = 3
+"""Answers that are unfolded when the page opens."""
+
+_LONG = 400  # characters: longer rows are folded around their strongest part
 
 
 @dataclass
@@ -41,6 +49,44 @@ class Curve:
         return " ".join(f"{'M' if i == 0 else 'L'}{x:.1f},{y:.1f}" for i, (x, y) in enumerate(places))
 
 
+@dataclass
+class AnswerFigures:
+    """What a report says of one answer besides its strongest rows.
+
+    Attributes:
+        sentences: the findings in words.
+        shares: title -> groups of rows: by stage, by the values of a column.
+        spreads: stage -> how its scores are distributed (`histogram.Histogram`).
+    """
+
+    sentences: Sequence[str] = ()
+    shares: Mapping[str, Sequence[Group]] = field(default_factory=dict)
+    spreads: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Details:
+    """What makes a page a report.
+
+    Attributes:
+        facts: short facts below the title, name -> value.
+        trust: how far to trust the scores; what to do about it if that was not measured.
+        measured: whether it was.
+        answers: query -> its figures.
+        tokens: influence by token, where it was computed.
+        remark: why it was not.
+        std: `(query, stage, row)` -> how far the members of an ensemble differ.
+    """
+
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    trust: str = ""
+    measured: bool = False
+    answers: Mapping[str, AnswerFigures] = field(default_factory=dict)
+    tokens: TokenInfluence = field(default_factory=TokenInfluence)
+    remark: str = ""
+    std: Mapping[tuple[str, str, int], float] = field(default_factory=dict)
+
+
 def write_page(
     path: str | Path,
     title: str,
@@ -52,6 +98,7 @@ def write_page(
     summary: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None,
     curves: Sequence[Curve] = (),
     settings: Mapping[str, Any] | None = None,
+    details: Details | None = None,
 ) -> Path:
     """Write the page.
 
@@ -65,18 +112,27 @@ def write_page(
         summary: retrieval figures, `{method: {stage: {measure: value}}}`.
         curves: training losses by stage.
         settings: shown at the end.
+        details: what a report says besides.
 
     Returns:
         The path.
     """
     environment = Environment(
-        loader=PackageLoader("hf_source.outputs"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("hf_source.outputs"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    environment.filters |= {"percent": _percent}
+    details = details or Details()
     html = environment.get_template("page.html.j2").render(
         title=title,
-        answers=_answers(queries, top, marked or {}),
+        answers=_answers(queries, top, marked or {}, details),
+        shown_open=SHOWN_OPEN,
         unit=unit,
-        note=top.info.description,
+        note="" if details.trust else top.info.description,
+        details=details,
         summary=summary or {},
         curves=[
             {
@@ -98,20 +154,74 @@ def write_page(
     return path
 
 
-def _answers(queries: Queries, top: Dataset, marked: Mapping[tuple, str]) -> list[dict[str, Any]]:
+def _answers(queries: Queries, top: Dataset, marked: Mapping[tuple, str], details: Details) -> list[dict[str, Any]]:
     """The table of strongest rows, nested as the page shows it: query, stage, supporting and opposing rows."""
     answers = {
-        name: {"name": name, "prompt": prompt, "completion": completion, "stages": {}, "largest": 0.0}
+        name: {
+            "name": name,
+            "prompt": prompt,
+            "completion": completion,
+            "stages": {},
+            "largest": 0.0,
+            "tokens": shaded(details.tokens.answers.get(name, [])),
+            "figures": details.answers.get(name, AnswerFigures()),
+        }
         for name, prompt, completion in queries
     }
     for row in top:
         if row["query"] not in answers:
             continue
-        answer = answers[row["query"]]
+        answer, key = answers[row["query"]], (row["query"], row["stage"], row["row"])
         answer["largest"] = max(answer["largest"], abs(row["score"]))  # bars compare the stages of one answer
         stage = answer["stages"].setdefault(row["stage"], {"supporting": [], "opposing": []})
-        note = marked.get((row["query"], row["stage"], row["row"]), "")
-        stage["supporting" if row["rank"] > 0 else "opposing"].append({**row, "note": note})
+        tokens = shaded(details.tokens.rows.get(key, []))
+        more = {"note": marked.get(key, ""), "std": details.std.get(key), "tokens": tokens}
+        more["excerpt"] = _excerpt(row["text"] or "", tokens)
+        stage["supporting" if row["rank"] > 0 else "opposing"].append({**row, **more})
     for answer in answers.values():
         answer["largest"] = answer["largest"] or 1.0
     return list(answers.values())
+
+
+@dataclass(frozen=True)
+class Shade:
+    """A piece of text with its influence, and how strongly to colour it, 0 to 9."""
+
+    text: str
+    score: float | None
+    level: int
+
+    @property
+    def kind(self) -> str:
+        """The class of its colour; none if it has none."""
+        return "" if not self.level else f"{'u' if self.score > 0 else 'd'}{self.level}"
+
+
+def shaded(tokens: Tokens) -> list[Shade]:
+    """Tokens with the strength of their colour: their share of the strongest one."""
+    largest = max((abs(score) for _, score in tokens if score is not None), default=0.0) or 1.0
+    return [Shade(text, score, round(9 * abs(score or 0.0) / largest)) for text, score in tokens]
+
+
+def _excerpt(text: str, tokens: Sequence[Shade]) -> dict[str, Any] | None:
+    """Of a long row the part with its strongest token; `None` for a row that is shown whole."""
+    if len(text) <= _LONG:
+        return None
+    if not tokens:
+        return {"before": False, "tokens": [Shade(text[:_LONG], None, 0)]}
+    strongest = max(range(len(tokens)), key=lambda place: tokens[place].level)
+    first = last = strongest
+    size = len(tokens[strongest].text)
+    while size < _LONG and (first > 0 or last < len(tokens) - 1):
+        for place in (first - 1, last + 1):
+            if 0 <= place < len(tokens) and size < _LONG:
+                first, last = min(first, place), max(last, place)
+                size += len(tokens[place].text)
+    # An unlabelled piece may be a long prompt.
+    cut = [Shade(each.text[-_LONG:], each.score, each.level) for each in tokens[first : last + 1]]
+    return {"before": first > 0, "tokens": cut}
+
+
+def _percent(value: float) -> str:
+    """A length in a style: plain digits whatever the number."""
+    return f"{100 * min(max(float(value), 0.0), 1.0):.1f}%"

@@ -50,13 +50,23 @@ def test_tokens_add_up_to_rows(asked):
 
 def test_texts_of_rows_are_whole(asked):
     attributor, queries, top = asked
-    found = token_influence(attributor, queries, top, max_parts=3)
+    found = token_influence(attributor, queries, top, max_parts=40)
     for row in top:
         tokens = found.rows[row["query"], row["stage"], row["row"]]
-        assert "".join(text for text, _ in tokens) == row["text"] + "<eos>"
-        assert 1 < sum(score is not None for _, score in tokens) <= 3
+        assert "".join(text for text, _ in tokens) == row["text"] + "∎"
+        assert tokens[-1][0] == "∎"
         if row["stage"] == "sft":  # the prompt did not train
             assert tokens[0][0].startswith("Q ") and tokens[0][1] is None
+
+
+def test_long_rows_are_cut_into_parts(asked):
+    attributor, queries, top = asked
+    whole, cut = token_influence(attributor, queries, top), token_influence(attributor, queries, top, max_parts=3)
+    for key, tokens in cut.rows.items():
+        assert sum(score is not None for _, score in tokens) == 3
+        total = sum(score for _, score in whole.rows[key] if score is not None)
+        scale = sum(abs(score) for _, score in whole.rows[key] if score is not None)
+        np.testing.assert_allclose(sum(score for _, score in tokens if score is not None), total, atol=1e-4 * scale)
 
 
 def test_parts_are_bounded_by_memory(asked):

@@ -1,0 +1,109 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`hf-source report`: one HTML file on why the model said something."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .cli_errors import friendly_errors
+from .errors import ConfigError
+
+
+def report(
+    run: Annotated[str, typer.Argument(help="Training record (folder or Hub id), or folder of saved scores.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write.")] = Path("report.html"),
+    queries: Annotated[
+        Path | None,
+        typer.Option("--queries", "-q", help="JSON Lines (or csv, parquet) with prompt, completion, optional name."),
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
+    completion: Annotated[
+        list[str] | None,
+        typer.Option("--completion", "-c", help="What was said after each --prompt; else the model generates."),
+    ] = None,
+    stage: Annotated[
+        list[str] | None, typer.Option(help="Stage whose rows are scored; repeatable.", show_default="all")
+    ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A stage's dataset with all its columns, as stage=path; repeatable.",
+            show_default="the rows in the record",
+        ),
+    ] = None,
+    k: Annotated[int, typer.Option("-k", help="Rows per answer, stage and direction.")] = 5,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Column whose values make groups, e.g. a source or a label; repeatable.",
+            show_default="those that look like it",
+        ),
+    ] = None,
+    shaded: Annotated[int, typer.Option(help="Answers whose tokens are shaded: one walk more; 0 for none.")] = 8,
+    title: Annotated[str | None, typer.Option(help="Heading.", show_default="Why did the model say this?")] = None,
+    scores: Annotated[
+        bool, typer.Option("--scores", help="RUN holds scores (`push`, `save`) rather than a record.")
+    ] = False,
+    method: Annotated[
+        str | None, typer.Option(help="How rows are scored, as in `attribute`.", show_default="source")
+    ] = None,
+    curvature: Annotated[
+        str | None, typer.Option(help="Curvature of Source, as in `attribute`.", show_default="joint")
+    ] = None,
+    num_samples: Annotated[
+        int | None, typer.Option(help="Sampled gradients per segment.", show_default="1024")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest generated completion.")] = 32,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML file with settings of SourceAttributor; options override it.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", help="Any other setting of SourceAttributor as key=value; repeatable."),
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page: the answers, the rows and tokens behind them, and how far to trust that.
+
+    Of saved scores it needs no model: give the folder that `save` wrote, or with --scores a dataset on the Hub.
+    """
+    with friendly_errors():
+        if out.suffix != ".html":
+            raise ConfigError(f"--out {out}: end the name in .html.")
+        if scores or (Path(run).expanduser() / "attribution.json").is_file():
+            _of_scores(run, out, title, column, {"--queries": queries, "--prompt": prompt, "--stage": stage})
+        else:
+            from .cli import _attributor, _queries
+            from .cli_push import _by_stage
+            from .recipes import load_rows
+
+            named = {"method": method, "curvature": curvature, "num_samples": num_samples}
+            given = _by_stage(dataset, "--dataset")
+            attributor = _attributor([run], recipe, settings, {k: v for k, v in named.items() if v is not None})
+            for name, path in given.items():
+                attributor.set_dataset(name, load_rows(path))
+            asked = _queries(attributor, queries, prompt, completion, max_new_tokens)
+            attributor.report(out, asked, stage, k, title=title, columns=column, shaded=shaded)
+        typer.echo(f"Wrote {out}.")
+
+
+def _of_scores(run: str, out: Path, title: str | None, columns: list[str] | None, given: dict[str, Any]) -> None:
+    for option, value in given.items():
+        if value:
+            raise ConfigError(f"{option} asks the model, but {run} holds scores: give the training record instead.")
+    from . import load_attribution
+    from .outputs.report import write_report
+
+    write_report(out, load_attribution(run), columns=columns, **({} if title is None else {"title": title}))
