@@ -25,45 +25,29 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..curvature import make_curvature
 from ..errors import ConfigError, DataError, UnsupportedError
-from ..gradients import (
-    CausalLMTask,
-    Loss,
-    Measurement,
-    RowGradients,
-    Seq2SeqTask,
-    Task,
-    describe_measurement,
-    is_known,
-    make_measurement,
-    measured,
-    refuse_incomplete,
-    task_for,
-)
+from ..gradients import Loss, Measurement, Task, describe_measurement
 from ..logs import get_logger
 from ..outputs.columns import add_score_columns, check_names, top_table, with_note
 from ..outputs.trust import trust_note
 from ..recording import StageRecord, TrainingRecord
-from ..recording.quantized import keep_differentiable
 from ..recording.reading.assumed import visits_note
 from ..source import WalkSettings
 from .alone import final_losses, own_influence
-from .asking import query_batches
 from .ensembles import ENSEMBLES, check_agreement, make_ensemble, split_settings
 from .generation import complete, prompt_text
 from .methods import METHODS
 from .plan import Plan, make_plan
 from .queries import Queries, same_queries
-from .rows import StageRows
+from .reader import RunReader
 
 
 logger = get_logger(__name__)
 
 
-class SourceAttributor:
+class SourceAttributor(RunReader):
     """Attributes what a recorded model says to the rows it was trained on.
 
     A score is the predicted change of the query's negative log-likelihood (nats) had the row not been trained on:
@@ -136,7 +120,6 @@ class SourceAttributor:
         if not records:
             raise ConfigError("There is no record: give one, or several runs of the same stages with other seeds.")
         check_agreement(records)
-        self.record = records[0]
         self.note = visits_note([stage for each in records for stage in each.stages])
         if self.note:
             logger.warning(self.note)
@@ -160,36 +143,31 @@ class SourceAttributor:
             "accelerator": accelerator,
             "progress": progress,
         }
+        # A method's and a curvature's own settings are refused before a dataset is read.
         self.curvature_name = curvature
         own = {"damping": self.options.damping} if hasattr(self.options, "damping") else {}
         self.curvature = make_curvature(curvature, tail=tail, memory_budget=memory_budget, **own)
         self.num_samples = num_samples
         self.momentum = momentum
-        for own in task.values() if isinstance(task, Mapping) else [task]:
-            refuse_incomplete(own)
-        self._task = task
-        self._measurement = make_measurement(measurement)
-        self.data_collator = data_collator
-        self.max_tokens_per_batch = max_tokens_per_batch
         self.memory_budget = memory_budget
-        self.dtype = dtype
         self.seed = seed
-        self.accelerator = accelerator or Accelerator()
-        self.device = self.accelerator.device
-        self.show_progress = progress
-        self.processing_class = self.record.processing_class()
-        self.make_model = model
-        self._datasets: dict[str, Dataset] = {}
-        self._rows: dict[str, StageRows] = {}
+        super().__init__(
+            records[0],
+            datasets=datasets,
+            model=model,
+            task=task,
+            measurement=measurement,
+            data_collator=data_collator,
+            max_tokens_per_batch=max_tokens_per_batch,
+            dtype=dtype,
+            accelerator=accelerator,
+            progress=progress,
+            reads_text=METHODS[method].reads_text,
+        )
         self._walked: dict[str, dict[str, np.ndarray]] = {}
         self._walks: dict[str, Any] = {}
         # The queries last attributed, and to which stages: what `push_to_hub` shares.
         self.attributed: tuple[Queries, list[str]] | None = None
-        # What a member of an ensemble changes of a model, and the parameters it chooses at the final weights.
-        self._change_model: Callable[[nn.Module, StageRecord], None] | None = None
-        self._choose_parameters: Callable[[nn.Module, list[str]], list[str]] | None = None
-        for name, dataset in (datasets or {}).items():
-            self.set_dataset(name, dataset)
         self.ensemble = make_ensemble(self, records, ensemble, ensemble_size, of_ensemble, ENSEMBLES)
         if self.ensemble is not None:
             self.note = "\n".join(part for part in (self.note, self.ensemble.note) if part)
@@ -252,96 +230,21 @@ class SourceAttributor:
         names = [stage.name for stage in self.record.stages] if stages is None else list(stages)
         return trust_note(self.record, names, self.settings())
 
+    def walk_settings(self) -> WalkSettings:
+        """Settings of a Source walk."""
+        return WalkSettings(
+            self.curvature,
+            self.num_samples,
+            self.dtype,
+            self.device,
+            self.seed,
+            (self.accelerator.process_index, self.accelerator.num_processes),
+            self.momentum,
+            self.progress,
+        )
+
     def _notes(self, stages: Iterable[str]) -> str:
         return "\n".join(note for note in (self.note, self.trust(stages)) if note)
-
-    @property
-    def datasets(self) -> dict[str, Dataset]:
-        """Datasets that were given, by stage; of the others the record holds the rows."""
-        return dict(self._datasets)
-
-    # ---- what is attributed to what ----------------------------------------------------------------------------
-
-    def set_dataset(self, stage: str | None, dataset: Dataset) -> StageRows:
-        """Give a stage's dataset; it is checked against the record.
-
-        Raises:
-            DataError: if it is not the dataset the stage was trained on.
-            RecordError: if there is no such stage.
-        """
-        record = self.record.stage(stage)
-        if self._datasets.get(record.name) is not dataset or record.name not in self._rows:
-            self._rows[record.name] = self._stage_rows(record, dataset)
-            self._datasets[record.name] = dataset
-        return self._rows[record.name]
-
-    def _stage_rows(self, stage: StageRecord, dataset: Dataset | None) -> StageRows:
-        task = None if METHODS[self.method].reads_text else self.task_of(stage)
-        return StageRows(stage, dataset, self.processing_class, self.data_collator, self.max_tokens_per_batch, task)
-
-    def task_of(self, stage: StageRecord) -> Task:
-        """What a row's loss is in a stage.
-
-        Raises:
-            UnsupportedError: if neither the record nor the user says; the message holds what is to be said.
-        """
-        if isinstance(self._task, Mapping):
-            return self._task.get(stage.name) or task_for(stage)
-        if self._task is not None and (not is_known(stage) or all(map(is_known, self.record.stages))):
-            return self._task
-        return task_for(stage)
-
-    def measurement(self, queries: Queries) -> Task:
-        """What a query measures: the log-likelihood of its text, or the loss of its rows as the last stage trains.
-
-        With `measurement=` another number of the same predictions.
-
-        Raises:
-            ConfigError: if the measurement means nothing for what the model predicts.
-        """
-        stage = self.record.stages[-1]
-        task = self.rows(stage).task
-        if queries.are_rows:
-            return task if isinstance(self._measurement, Loss) else measured(task, self._measurement)
-        if not isinstance(task, (CausalLMTask, Seq2SeqTask)):
-            task = Seq2SeqTask() if stage.is_encoder_decoder else CausalLMTask()
-        return measured(task, self._measurement)
-
-    def rows(self, stage: StageRecord) -> StageRows:
-        """The rows of a stage: as given, or as the record holds them.
-
-        Raises:
-            DataError: if neither does.
-        """
-        if stage.name not in self._rows:
-            self._rows[stage.name] = self._stage_rows(stage, None)
-        return self._rows[stage.name]
-
-    def all_rows(self) -> dict[str, StageRows]:
-        """Rows of every stage: the walk to an early stage passes through the later ones."""
-        return {stage.name: self.rows(stage) for stage in self.record.stages}
-
-    def build_model(self, stage: StageRecord) -> nn.Module:
-        """The stage's model at its final weights, in evaluation mode on the attributor's device."""
-        if self.make_model is None:
-            model = stage.build_model(self.dtype)
-        else:
-            model = self.make_model(stage)
-            stage.load_weights(model, "final")
-            keep_differentiable(model)
-        model = model.to(self.device, self.dtype).eval()
-        if self._change_model is not None:
-            self._change_model(model, stage)
-        return model
-
-    def final_parameters(self, model: nn.Module, recorded: list[str]) -> list[str]:
-        """Parameters compared by a method at the final weights: the recorded ones, or those of a member's adapter."""
-        return recorded if self._choose_parameters is None else self._choose_parameters(model, recorded)
-
-    @property
-    def context_length(self) -> int | None:
-        """Tokens that the model's context holds, where its configuration says."""
-        return self.record.stages[-1].context_length
 
     # ---- queries -----------------------------------------------------------------------------------------------
 
@@ -383,21 +286,6 @@ class SourceAttributor:
         ]
         names = [f"q{i}" for i in range(len(prompts))] if names is None else list(names)
         return self.encode(Queries(names, prompts, completions, rows))
-
-    def query_gradients(self, gradients: RowGradients, queries: Queries) -> dict[str, torch.Tensor]:
-        """`grad f_q` at the model's present weights: name -> `[queries, *parameter.shape]`."""
-        result = {
-            name: torch.empty((len(queries), *parameter.shape), dtype=self.dtype, device=self.device)
-            for name, parameter in gradients.parameters.items()
-        }
-        for engine, chosen, batch in query_batches(self, gradients, queries):
-            for name, rows, grads in engine.blocks(engine.run(batch)):
-                result[name][torch.as_tensor(chosen[rows].copy(), device=self.device)] = grads.to(self.dtype)
-        return result
-
-    def encode(self, queries: Queries) -> Queries:
-        """The queries with token rows, as the last stage's model reads them."""
-        return queries.encode(self.processing_class, self.context_length, self.record.stages[-1].is_encoder_decoder)
 
     # ---- scores ------------------------------------------------------------------------------------------------
 
@@ -723,31 +611,3 @@ class SourceAttributor:
             self.set_dataset(record.name, dataset)
         plan = make_plan(self, self.encode(queries), record)
         return plan if self.ensemble is None else self.ensemble.plan(plan)
-
-    # ---- small services for the methods ------------------------------------------------------------------------
-
-    def walk_settings(self) -> WalkSettings:
-        """Settings of a Source walk."""
-        return WalkSettings(
-            self.curvature,
-            self.num_samples,
-            self.dtype,
-            self.device,
-            self.seed,
-            (self.accelerator.process_index, self.accelerator.num_processes),
-            self.momentum,
-            self.progress,
-        )
-
-    def share(self, batches: Sequence) -> Sequence:
-        """This process's share of a list of batches."""
-        return batches[self.accelerator.process_index :: self.accelerator.num_processes]
-
-    def total(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum of a tensor over the processes; every one gets it."""
-        return self.accelerator.reduce(tensor) if self.accelerator.num_processes > 1 else tensor
-
-    def progress(self, items: Sequence, description: str) -> Iterable:
-        """A progress bar on the main process."""
-        hidden = not self.show_progress or not self.accelerator.is_main_process
-        return tqdm(items, desc=description, disable=hidden, leave=False)

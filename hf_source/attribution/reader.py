@@ -1,0 +1,212 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a record, the datasets and the user say together: rows, tasks, models and batches of every stage."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..gradients import (
+    CausalLMTask,
+    Loss,
+    Measurement,
+    RowGradients,
+    Seq2SeqTask,
+    Task,
+    is_known,
+    make_measurement,
+    measured,
+    refuse_incomplete,
+    task_for,
+)
+from ..recording import StageRecord, TrainingRecord
+from ..recording.quantized import keep_differentiable
+from .asking import query_batches
+from .queries import Queries
+from .rows import StageRows
+
+
+class RunReader:
+    """What every method of attribution reads of a recorded run.
+
+    Args:
+        record: what training left behind.
+        reads_text: rows are compared by their text alone, so that no loss of theirs need be known.
+        datasets, model, task, measurement, data_collator, max_tokens_per_batch, dtype, accelerator, progress: see
+            `SourceAttributor`.
+
+    Raises:
+        ConfigError: if a task lacks a method, or the measurement is unknown.
+        DataError: if a dataset is not the one a stage was trained on.
+    """
+
+    def __init__(
+        self,
+        record: TrainingRecord,
+        *,
+        datasets: Mapping[str, Dataset] | None,
+        model: Callable[[StageRecord], nn.Module] | None,
+        task: Task | Mapping[str, Task] | None,
+        measurement: str | Measurement,
+        data_collator: Any,
+        max_tokens_per_batch: int,
+        dtype: torch.dtype,
+        accelerator: Accelerator | None,
+        progress: bool,
+        reads_text: bool,
+    ) -> None:
+        for own in task.values() if isinstance(task, Mapping) else [task]:
+            refuse_incomplete(own)
+        self.record = record
+        self._task = task
+        self._measurement = make_measurement(measurement)
+        self.data_collator = data_collator
+        self.max_tokens_per_batch = max_tokens_per_batch
+        self.dtype = dtype
+        self.accelerator = accelerator or Accelerator()
+        self.device = self.accelerator.device
+        self.show_progress = progress
+        self.processing_class = record.processing_class()
+        self.make_model = model
+        self._reads_text = reads_text
+        self._datasets: dict[str, Dataset] = {}
+        self._rows: dict[str, StageRows] = {}
+        # What a member of an ensemble changes of a model, and the parameters it chooses at the final weights.
+        self._change_model: Callable[[nn.Module, StageRecord], None] | None = None
+        self._choose_parameters: Callable[[nn.Module, list[str]], list[str]] | None = None
+        for name, dataset in (datasets or {}).items():
+            self.set_dataset(name, dataset)
+
+    @property
+    def datasets(self) -> dict[str, Dataset]:
+        """Datasets that were given, by stage; of the others the record holds the rows."""
+        return dict(self._datasets)
+
+    def set_dataset(self, stage: str | None, dataset: Dataset) -> StageRows:
+        """Give a stage's dataset; it is checked against the record.
+
+        Raises:
+            DataError: if it is not the dataset the stage was trained on.
+            RecordError: if there is no such stage.
+        """
+        record = self.record.stage(stage)
+        if self._datasets.get(record.name) is not dataset or record.name not in self._rows:
+            self._rows[record.name] = self._stage_rows(record, dataset)
+            self._datasets[record.name] = dataset
+        return self._rows[record.name]
+
+    def _stage_rows(self, stage: StageRecord, dataset: Dataset | None) -> StageRows:
+        task = None if self._reads_text else self.task_of(stage)
+        return StageRows(stage, dataset, self.processing_class, self.data_collator, self.max_tokens_per_batch, task)
+
+    def rows(self, stage: StageRecord) -> StageRows:
+        """The rows of a stage: as given, or as the record holds them.
+
+        Raises:
+            DataError: if neither does.
+        """
+        if stage.name not in self._rows:
+            self._rows[stage.name] = self._stage_rows(stage, None)
+        return self._rows[stage.name]
+
+    def all_rows(self) -> dict[str, StageRows]:
+        """Rows of every stage: the walk to an early stage passes through the later ones."""
+        return {stage.name: self.rows(stage) for stage in self.record.stages}
+
+    def task_of(self, stage: StageRecord) -> Task:
+        """What a row's loss is in a stage.
+
+        Raises:
+            UnsupportedError: if neither the record nor the user says; the message holds what is to be said.
+        """
+        if isinstance(self._task, Mapping):
+            return self._task.get(stage.name) or task_for(stage)
+        if self._task is not None and (not is_known(stage) or all(map(is_known, self.record.stages))):
+            return self._task
+        return task_for(stage)
+
+    def measurement(self, queries: Queries) -> Task:
+        """What a query measures: the log-likelihood of its text, or the loss of its rows as the last stage trains.
+
+        With `measurement=` another number of the same predictions.
+
+        Raises:
+            ConfigError: if the measurement means nothing for what the model predicts.
+        """
+        stage = self.record.stages[-1]
+        task = self.rows(stage).task
+        if queries.are_rows:
+            return task if isinstance(self._measurement, Loss) else measured(task, self._measurement)
+        if not isinstance(task, (CausalLMTask, Seq2SeqTask)):
+            task = Seq2SeqTask() if stage.is_encoder_decoder else CausalLMTask()
+        return measured(task, self._measurement)
+
+    def build_model(self, stage: StageRecord) -> nn.Module:
+        """The stage's model at its final weights, in evaluation mode on the attributor's device."""
+        if self.make_model is None:
+            model = stage.build_model(self.dtype)
+        else:
+            model = self.make_model(stage)
+            stage.load_weights(model, "final")
+            keep_differentiable(model)
+        model = model.to(self.device, self.dtype).eval()
+        if self._change_model is not None:
+            self._change_model(model, stage)
+        return model
+
+    def final_parameters(self, model: nn.Module, recorded: list[str]) -> list[str]:
+        """Parameters compared by a method at the final weights: the recorded ones, or those of a member's adapter."""
+        return recorded if self._choose_parameters is None else self._choose_parameters(model, recorded)
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that the model's context holds, where its configuration says."""
+        return self.record.stages[-1].context_length
+
+    # ---- queries -----------------------------------------------------------------------------------------------
+
+    def encode(self, queries: Queries) -> Queries:
+        """The queries with token rows, as the last stage's model reads them."""
+        return queries.encode(self.processing_class, self.context_length, self.record.stages[-1].is_encoder_decoder)
+
+    def query_gradients(self, gradients: RowGradients, queries: Queries) -> dict[str, torch.Tensor]:
+        """`grad f_q` at the model's present weights: name -> `[queries, *parameter.shape]`."""
+        result = {
+            name: torch.empty((len(queries), *parameter.shape), dtype=self.dtype, device=self.device)
+            for name, parameter in gradients.parameters.items()
+        }
+        for engine, chosen, batch in query_batches(self, gradients, queries):
+            for name, rows, grads in engine.blocks(engine.run(batch)):
+                result[name][torch.as_tensor(chosen[rows].copy(), device=self.device)] = grads.to(self.dtype)
+        return result
+
+    # ---- several processes -------------------------------------------------------------------------------------
+
+    def share(self, batches: Sequence) -> Sequence:
+        """This process's share of a list of batches."""
+        return batches[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum of a tensor over the processes; every one gets it."""
+        return self.accelerator.reduce(tensor) if self.accelerator.num_processes > 1 else tensor
+
+    def progress(self, items: Sequence, description: str) -> Iterable:
+        """A progress bar on the main process."""
+        hidden = not self.show_progress or not self.accelerator.is_main_process
+        return tqdm(items, desc=description, disable=hidden, leave=False)
