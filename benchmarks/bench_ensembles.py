@@ -28,21 +28,20 @@ that are there already are kept (`--runs FOLDER`; `--anew` forgets the lines).
 """
 
 import argparse
-import json
-import os
-import platform
 import random
 import time
 from pathlib import Path
 
 import numpy as np
+import results_file
 import torch
 import transformers
+from bench_lm_lds import QUIET
 from datasets import Dataset
 from scipy.stats import rankdata
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_source import Queries, SourceAttributor, SourceConfig, SourceTrainer, TrainingRecord, __version__
+from hf_source import Queries, SourceAttributor, SourceConfig, SourceTrainer, TrainingRecord
 from hf_source.demo import load_facts, train_tokenizer
 from hf_source.evaluation import StackedRetraining, removal_masks
 
@@ -70,7 +69,6 @@ ENSEMBLES = {
     "lora, all gradients": {"ensemble": "lora", "lora_gradients": "all"},
 }
 SIZES = {"dropout .1": (5, 10), "lora": (3,), "lora, all gradients": (3,)}
-QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "use_cpu": True}
 
 
 def rows_and_queries() -> tuple[list[str], list[tuple[str, str]]]:
@@ -110,18 +108,9 @@ class Lines:
     """The table, written after every line."""
 
     def __init__(self, file: Path, anew: bool, removed: np.ndarray, losses: np.ndarray) -> None:
-        self.file, self.removed, self.losses = file, removed, losses
-        kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() and not anew else {}
-        self.report = {
-            "settings": SETTINGS,
-            "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-            "versions": {
-                "hf_source": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-            "results": kept.get("results", {}),
-        }
+        self.removed, self.losses = removed, losses
+        self.report = results_file.section(SETTINGS, None if anew else results_file.load(file))
+        self.save = results_file.saver(file, self.report)
 
     def draws(self, scores: np.ndarray) -> np.ndarray:
         """LDS, and then that of 1,000 draws of subsets and queries, which are the same for all scores."""
@@ -148,7 +137,7 @@ class Lines:
             gain = found[0] - self.draws(base)
             line["gain"] = [round(float(v), 4) for v in (gain[0], *np.quantile(gain[1:], [0.025, 0.975]))]
         self.report["results"][label] = line
-        self.file.write_text(json.dumps(self.report, indent=1) + "\n", encoding="utf-8")
+        self.save()
         print(label, line, flush=True)  # noqa: T201
 
 

@@ -37,8 +37,6 @@ import argparse
 import copy
 import importlib.util
 import json
-import os
-import platform
 import random
 import tempfile
 import time
@@ -46,12 +44,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import results_file
 import torch
 import transformers
 from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from hf_source import Queries, SourceAttributor, SourceConfig, SourceTrainer, TrainingRecord, __version__
+from hf_source import Queries, SourceAttributor, SourceConfig, SourceTrainer, TrainingRecord
 from hf_source.data import CausalLMCollator, prepare_rows
 from hf_source.demo import load_facts, train_tokenizer
 from hf_source.evaluation import linear_datamodelling_score, losses_of, removal_masks, retrain, retrain_in_chunks
@@ -234,37 +233,25 @@ def run(kind: str, options: argparse.Namespace, folder: Path, results: dict, sav
 
 def main() -> None:
     """Run and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results_file.parser(__doc__, __file__)
     parser.add_argument("--rows", nargs="+", choices=sorted(PRETRAINING), default=["wiki", "facts", "hard"])
     parser.add_argument("--segments", type=int, nargs="+", default=[3], help="numbers of segments compared")
-    parser.add_argument(
-        "--only", nargs="+", default=[""], help="methods to run, by a part of the name; others are kept"
-    )
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("lm_lds.json"))
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    report = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+    report = results_file.load(args.out)
+    save = results_file.saver(args.out, report)
     for kind in args.rows:
-        report[kind] = {
-            "settings": {
-                "rows": NUM_ROWS,
-                "subsets": NUM_SUBSETS,
-                "fraction": FRACTION,
-                "batch_size": BATCH_SIZE,
-                "queries": 24,
-                "pretraining": PRETRAINING[kind],
-                "finetuning": FINETUNING[kind],
-                "max_tokens": MAX_TOKENS[kind],
-            },
-            "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-            "versions": {
-                "hf_source": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-            "results": report[kind]["results"] if args.only != [""] and kind in report else {},
+        settings = {
+            "rows": NUM_ROWS,
+            "subsets": NUM_SUBSETS,
+            "fraction": FRACTION,
+            "batch_size": BATCH_SIZE,
+            "queries": 24,
+            "pretraining": PRETRAINING[kind],
+            "finetuning": FINETUNING[kind],
+            "max_tokens": MAX_TOKENS[kind],
         }
-        save = lambda: args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")  # noqa: E731
+        report[kind] = results_file.section(settings, None if args.only == [""] else report.get(kind))
         with tempfile.TemporaryDirectory() as folder:
             run(kind, args, Path(folder), report[kind]["results"], save)
 

@@ -32,8 +32,6 @@ scores are averaged; a line of one model is the first of them. The seconds in `p
 import argparse
 import hashlib
 import json
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -41,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+import results_file
 import transformers
 from paper.data import BENCHMARKS, Benchmark, Problem
 from paper.halves import Halves, measured
@@ -213,7 +211,7 @@ def run(name: str, options: argparse.Namespace, report: dict[str, Any], save: Ca
     entry |= {
         "settings": settings_of(benchmark, problem, options),
         "ceiling": truth.ceilings(),
-        "versions": versions(),
+        "versions": results_file.versions(),
     }
     entry["paper"] = benchmark.paper
     save()
@@ -234,13 +232,8 @@ def settings_of(benchmark: Benchmark, problem: Problem, options: argparse.Namesp
         "halves": options.halves,
         "seeds_per_half": options.seeds,
         "num_samples": options.num_samples,
-        "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "machine": results_file.machine(),
     }
-
-
-def versions() -> dict[str, str]:
-    """Of what computed the figures."""
-    return {"hf_source": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -260,10 +253,9 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown := set(options.names) - set(BENCHMARKS):
         parser.error(f"{unknown.pop()} is none of {', '.join(BENCHMARKS)}")
     transformers.logging.set_verbosity_error()
-    report = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
+    report = results_file.load(options.out)
     for name in options.names:
-        save = lambda: options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")  # noqa: E731
-        run(name, options, report, save)
+        run(name, options, report, results_file.saver(options.out, report))
 
 
 if __name__ == "__main__":

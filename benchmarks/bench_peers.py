@@ -52,6 +52,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import results_file
 import torch
 import transformers
 from bench_lm_lds import (
@@ -69,7 +70,7 @@ from bench_lm_lds import (
 from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
-from hf_source import Queries, SourceConfig, SourceTrainer, TrainingRecord, __version__
+from hf_source import Queries, SourceConfig, SourceTrainer, TrainingRecord
 from hf_source.data import prepare_rows
 from hf_source.demo import train_tokenizer
 from hf_source.evaluation import removal_masks
@@ -431,26 +432,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "peers.json")
     args = parser.parse_args()
     if args.table:
-        print(table(json.loads(args.out.read_text(encoding="utf-8"))))
+        print(table(results_file.load(args.out)))
         return
     lines = [line for line in LINES if args.packages is None or line.package in args.packages]
     lines = [line for line in lines if any(part in line.method for part in args.only)]
     if any(line.package != "hf_source" for line in lines) and not has_peers(args.peers_python):
         raise SystemExit(INSTALL)
     transformers.logging.set_verbosity_error()
-    report = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
-    save = lambda: args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")  # noqa: E731
-    report["machine"] = {
-        "cpu": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": 1,
-        "python": sys.version.split()[0],
-    }
-    report["versions"] = {
-        "hf_source": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    report = results_file.load(args.out)
+    save = results_file.saver(args.out, report)
+    report["machine"] = {**results_file.machine(), "threads": 1, "python": platform.python_version()}
+    report["versions"] = results_file.versions()
     report["settings"] = {"repeats": args.repeats, "subsets": NUM_SUBSETS, "fraction": FRACTION}
     report["lines"] = [asdict(line) for line in LINES]
     for kind in args.rows:

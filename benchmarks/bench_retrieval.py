@@ -21,16 +21,13 @@ the fact. `stepwise` and `unrolled` are left out: they would repeat 29,000 visit
 """
 
 import argparse
-import json
-import os
-import platform
 import time
 from pathlib import Path
 
-import torch
+import results_file
 import transformers
 
-from hf_source import SourceAttributor, __version__
+from hf_source import SourceAttributor
 from hf_source.demo.facts import is_right, load_facts, queries
 from hf_source.demo.run import MAX_QUERIES, run_demo
 from hf_source.evaluation import retrieval
@@ -84,23 +81,13 @@ def run(options: argparse.Namespace, report: dict, save) -> None:
 
 def main() -> None:
     """Run and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results_file.parser(__doc__, __file__)
     parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="folder of the demo")
-    parser.add_argument("--only", nargs="+", default=[""], help="methods to run, by a part of the name")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("retrieval.json"))
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    old = json.loads(args.out.read_text(encoding="utf-8"))["results"] if args.out.exists() else {}
-    report = {
-        "settings": {"queries": MAX_QUERIES, "num_samples": 512, "command": "python benchmarks/bench_retrieval.py"},
-        "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "versions": {
-            "hf_source": __version__, "torch": torch.__version__, "transformers": transformers.__version__
-        },
-        "results": old if args.only != [""] else {},
-    }  # fmt: skip
-    save = lambda: args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")  # noqa: E731
-    run(args, report, save)
+    settings = {"queries": MAX_QUERIES, "num_samples": 512, "command": "python benchmarks/bench_retrieval.py"}
+    report = results_file.section(settings, None if args.only == [""] else results_file.load(args.out))
+    run(args, report, results_file.saver(args.out, report))
 
 
 if __name__ == "__main__":

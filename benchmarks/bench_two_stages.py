@@ -24,20 +24,17 @@ functions and gradient products look at the final model only; Source walks back 
 """
 
 import argparse
-import json
-import os
-import platform
 import random
 import tempfile
 import time
 from pathlib import Path
 
-import torch
+import results_file
 import transformers
 from bench_lm_lds import BATCH_SIZE, FRACTION, NUM_ROWS, NUM_SUBSETS, QUIET, SHORT, entry, pretrained, wiki_summaries
 from datasets import Dataset
 
-from hf_source import Queries, SourceAttributor, SourceConfig, SourceTrainer, TrainingRecord, __version__
+from hf_source import Queries, SourceAttributor, SourceConfig, SourceTrainer, TrainingRecord
 from hf_source.demo import train_tokenizer
 from hf_source.evaluation import StackedRetraining, removal_masks
 
@@ -114,27 +111,17 @@ def run(options: argparse.Namespace, folder: Path, report: dict, save) -> None:
 
 def main() -> None:
     """Run and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[""], help="methods to run, by a part of the name")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("two_stages.json"))
+    parser = results_file.parser(__doc__, __file__)
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    old = json.loads(args.out.read_text(encoding="utf-8"))["results"] if args.out.exists() else {}
-    report = {
-        "settings": {
-            "rows per stage": NUM_ROWS, "subsets": NUM_SUBSETS, "fraction": FRACTION, "batch_size": BATCH_SIZE,
-            "queries": 24, "each stage": SHORT, "max_tokens": MAX_TOKENS,
-            "command": "python benchmarks/bench_two_stages.py",
-        },
-        "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "versions": {
-            "hf_source": __version__, "torch": torch.__version__, "transformers": transformers.__version__
-        },
-        "results": old if args.only != [""] else {},
+    settings = {
+        "rows per stage": NUM_ROWS, "subsets": NUM_SUBSETS, "fraction": FRACTION, "batch_size": BATCH_SIZE,
+        "queries": 24, "each stage": SHORT, "max_tokens": MAX_TOKENS,
+        "command": "python benchmarks/bench_two_stages.py",
     }  # fmt: skip
-    save = lambda: args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")  # noqa: E731
+    report = results_file.section(settings, None if args.only == [""] else results_file.load(args.out))
     with tempfile.TemporaryDirectory() as folder:
-        run(args, Path(folder), report, save)
+        run(args, Path(folder), report, results_file.saver(args.out, report))
 
 
 if __name__ == "__main__":
