@@ -162,19 +162,18 @@ def source_of(dataset: Any) -> str | None:
 def push_attribution(
     attributor: "SourceAttributor",
     repo_id: str,
-    queries: Queries | None = None,
-    stages: Iterable[str] | None = None,
-    k: int = 10,
+    queries: Queries | None,
+    stages: Iterable[str] | None,
+    k: int,
     *,
-    include_rows: bool | None = None,
-    private: bool | None = None,
-    source_datasets: str | Mapping[str, str] | None = None,
-    max_columns: int = MAX_COLUMNS,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    commit_message: str = "Upload attribution",
+    include_rows: bool | None,
+    private: bool | None,
+    source_datasets: str | Mapping[str, str] | None,
+    max_columns: int,
+    **commit_settings: Any,
 ) -> str:
-    """Publish. See `SourceAttributor.push_to_hub`."""
+    """Publish. See `SourceAttributor.push_to_hub`, which has the defaults, and `commit` for its settings."""
+    token, revision = commit_settings["token"], commit_settings["revision"]
     check_repo_id(repo_id)
     queries, names = _asked(attributor, queries, stages)
     said = _said(source_datasets, [stage.name for stage in attributor.record.stages])
@@ -208,9 +207,7 @@ def push_attribution(
                 "dataset",
                 lambda api, present: _operations(api, attribution, Path(folder), repo_id, present, revision),
                 private=private,
-                token=token,
-                revision=revision,
-                commit_message=commit_message,
+                **commit_settings,
             )
     except HubError as error:
         raise DataError(

@@ -13,7 +13,7 @@
 # limitations under the License.
 """The Source walk through segments and stages."""
 
-from .products import ExactProducts, SampledProducts
+from .products import ExactProducts, Products, SampledProducts
 from .self_influence import self_influence
 from .unrolled import unroll
 from .walk import WalkSettings, draw_sample, score_rows, segment_flow, walk, wanted_parameters
@@ -21,6 +21,7 @@ from .walk import WalkSettings, draw_sample, score_rows, segment_flow, walk, wan
 
 __all__ = [
     "ExactProducts",
+    "Products",
     "SampledProducts",
     "WalkSettings",
     "draw_sample",

@@ -13,6 +13,7 @@
 # limitations under the License.
 """Products of query vectors with the curvature of one training batch: exact, or by sampled labels for all at once."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,11 +26,16 @@ from ..gradients.rows import as_rows
 Vectors = dict[str, torch.Tensor]
 
 
-class ExactProducts:
-    """`H h` with the Hessian of the batch's objective, by differentiating its gradient: one product per query."""
+class Products(ABC):
+    """How vectors are multiplied by a step's curvature.
 
-    exact = True
+    Attributes:
+        exact: whether a product is that with the Hessian itself; it then does not depend on a seed.
+    """
 
+    exact: bool
+
+    @abstractmethod
     def __call__(
         self,
         gradients: RowGradients,
@@ -46,11 +52,21 @@ class ExactProducts:
             batch: model inputs and labels.
             forces: `h`, name -> `[queries, *parameter.shape]`, on parameters that the step trains.
             normalizer: what the batch's summed loss was divided by.
-            step_sizes, seed: not used.
+            step_sizes: `eta P` of the parameters that the step trains, 0-dim or whole.
+            seed: of labels that are drawn.
 
         Returns:
             `H h`: name -> `[queries, *parameter.shape]`; parameters that have no part in the loss are missing.
         """
+
+
+class ExactProducts(Products):
+    """`H h` with the Hessian of the batch's objective, by differentiating its gradient: one product per query."""
+
+    exact = True
+
+    def __call__(self, gradients, batch, forces, normalizer, step_sizes=None, seed=0) -> Vectors:
+        """See `Products`; step sizes and seed are not used."""
         wanted, task = gradients.parameters, gradients.task
         with gradients._requiring_grad(list(wanted.values())), torch.enable_grad():
             loss = task.row_losses(task.forward(gradients.model, batch), task_labels(task, batch)).sum() / normalizer
@@ -68,7 +84,7 @@ class ExactProducts:
 
 
 @dataclass
-class SampledProducts:
+class SampledProducts(Products):
     """The Gauss-Newton matrix of the batch from labels that the model draws, `H ~ sum over draws of S^T S`.
 
     `S` holds a gradient per row, summed over the row's loss items and divided by `sqrt(normalizer x draws)`, so that
@@ -89,16 +105,8 @@ class SampledProducts:
     cache_bytes: int = 2**28
     exact = False
 
-    def __call__(
-        self,
-        gradients: RowGradients,
-        batch: Mapping[str, torch.Tensor],
-        forces: Vectors,
-        normalizer: float,
-        step_sizes: Mapping[str, torch.Tensor] | None = None,
-        seed: int = 0,
-    ) -> Vectors:
-        """See `ExactProducts`; `step_sizes` holds `eta P` of the parameters that the step trains, 0-dim or whole."""
+    def __call__(self, gradients, batch, forces, normalizer, step_sizes=None, seed=0) -> Vectors:
+        """See `Products`."""
         forces, step_sizes = dict(forces), step_sizes or {}
         if isinstance(gradients.task, RowLossTask):  # smoothed cross-entropy has the curvature of the plain one
             gradients = gradients.with_task(gradients.task.unsmoothed())

@@ -42,7 +42,7 @@ from ..recording import StageRecord
 from ..recording.optimizers import OptimizerDescription, build_optimizer
 from ..recording.reading.assumed import require_recorded_visits
 from ..recording.warm import load_optimizer_state
-from .products import ExactProducts
+from .products import ExactProducts, Products
 from .walk import Vectors, WalkSettings, open_stage, score_rows
 
 
@@ -69,7 +69,7 @@ def unroll(
     query_gradients: Callable[[RowGradients], Vectors],
     settings: WalkSettings,
     models: Callable[[StageRecord], nn.Module],
-    products: Any = None,
+    products: Products | None = None,
 ) -> Iterator[tuple[StageRecord, np.ndarray]]:
     """Score the rows of one stage after another, from the last to the first; takes what `walk` takes.
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ...errors import ConfigError
-from ...source import ExactProducts, SampledProducts, unroll, walk
+from ...source import ExactProducts, Products, SampledProducts, unroll, walk
 from ..queries import Queries
 from .base import Scores
 
@@ -107,7 +107,7 @@ def stepwise(attributor: "SourceAttributor", queries: Queries) -> Scores:
     return _unroll(attributor, queries, SampledProducts(attributor.options.draws))
 
 
-def _unroll(attributor: "SourceAttributor", queries: Queries, products: ExactProducts | SampledProducts) -> Scores:
+def _unroll(attributor: "SourceAttributor", queries: Queries, products: Products) -> Scores:
     return unroll(
         attributor.record.stages,
         attributor.all_rows(),

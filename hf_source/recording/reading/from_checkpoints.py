@@ -57,30 +57,9 @@ _MOST_SEGMENTS = 3
 
 
 def record_from_checkpoints(
-    checkpoints: Sequence[str | Path],
-    *,
-    dataset: Any,
-    args: TrainingArguments | Mapping[str, Any],
-    record_dir: str | Path,
-    model: Any = None,
-    processing_class: Any = None,
-    data_collator: Any = None,
-    stage: str = "train",
-    num_segments: int | None = None,
-    segment_boundaries: Sequence[Any] | None = None,
-    record_rows: bool = True,
-    max_length: int | None = None,
-    overwrite_stage: bool = False,
+    checkpoints: Sequence[str | Path], dataset: Any, options: RecordingOptions, num_segments: int | None, **run: Any
 ) -> None:
-    """Write the stage. See `TrainingRecord.from_checkpoints`."""
-    options = RecordingOptions(
-        record_dir=str(record_dir),
-        stage=stage,
-        segment_boundaries=None if segment_boundaries is None else list(segment_boundaries),
-        record_rows=record_rows,
-        max_length=max_length,
-        overwrite_stage=overwrite_stage,
-    )
+    """Write the stage. See `TrainingRecord.from_checkpoints`; `run` is what the Trainer was made of."""
     refuse_existing_stage(options)
     found = _sorted(checkpoints)
     if dataset is None:
@@ -91,10 +70,10 @@ def record_from_checkpoints(
         raise UnsupportedError(
             "A stream has no fixed rows that could be visited equally often. Collect it with Dataset.from_generator."
         )
-    trainer = _make_trainer(found, dataset, args, model, processing_class, data_collator, max_length)
-    run = _Run(trainer, found, options, num_segments)
+    trainer = _make_trainer(found, dataset, max_length=options.max_length, **run)
+    rebuilt = _Run(trainer, found, options, num_segments)
     with writing(Path(options.record_dir)):
-        run.write()
+        rebuilt.write()
 
 
 def _sorted(sources: Sequence[str | Path]) -> list[Checkpoint]:
@@ -113,7 +92,16 @@ def _sorted(sources: Sequence[str | Path]) -> list[Checkpoint]:
     return found
 
 
-def _make_trainer(checkpoints, dataset, args, model, processing_class, data_collator, max_length) -> SourceTrainer:
+def _make_trainer(
+    checkpoints: Sequence[Checkpoint],
+    dataset: Any,
+    *,
+    args: TrainingArguments | Mapping[str, Any],
+    model: Any,
+    processing_class: Any,
+    data_collator: Any,
+    max_length: int | None,
+) -> SourceTrainer:
     """The Trainer of the run, at its beginning."""
     if isinstance(args, Mapping):
         try:

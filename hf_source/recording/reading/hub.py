@@ -34,17 +34,8 @@ _TEMPLATE = "templates/record_card.md.j2"
 CARD_FILE = "README.md"
 
 
-def push_record(
-    record: "TrainingRecord",
-    repo_id: str,
-    *,
-    include_rows: bool | None = None,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    commit_message: str = "Upload training record",
-) -> str:
-    """Publish a record. See `TrainingRecord.push_to_hub`."""
+def push_record(record: "TrainingRecord", repo_id: str, include_rows: bool | None, **commit_settings: Any) -> str:
+    """Publish a record. See `TrainingRecord.push_to_hub`, and `commit` for its settings."""
     from ...hub import HubError, commit
 
     record.require_complete()
@@ -53,13 +44,7 @@ def push_record(
     data = _published(record, include_rows)
     try:
         return commit(
-            repo_id,
-            "model",
-            lambda _, present: _operations(record, data, repo_id, present),
-            private=private,
-            token=token,
-            revision=revision,
-            commit_message=commit_message,
+            repo_id, "model", lambda _, present: _operations(record, data, repo_id, present), **commit_settings
         )
     except HubError as error:
         raise RecordError(

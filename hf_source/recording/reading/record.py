@@ -117,7 +117,7 @@ class TrainingRecord:
         return push_record(
             self,
             repo_id,
-            include_rows=include_rows,
+            include_rows,
             private=private,
             token=token,
             revision=revision,
@@ -171,23 +171,19 @@ class TrainingRecord:
             RecordError: if checkpoints, model, dataset and args do not fit together; names what differs.
             ConfigError, DataError, UnsupportedError: if something is missing, or cannot be rebuilt.
         """
+        from ..config import RecordingOptions
         from .from_checkpoints import record_from_checkpoints
 
-        record_from_checkpoints(
-            checkpoints,
-            dataset=dataset,
-            args=args,
-            record_dir=record_dir,
-            model=model,
-            processing_class=processing_class,
-            data_collator=data_collator,
+        options = RecordingOptions(
+            record_dir=str(record_dir),
             stage=stage,
-            num_segments=num_segments,
-            segment_boundaries=segment_boundaries,
+            segment_boundaries=None if segment_boundaries is None else list(segment_boundaries),
             record_rows=record_rows,
             max_length=max_length,
             overwrite_stage=overwrite_stage,
         )
+        run = {"args": args, "model": model, "processing_class": processing_class, "data_collator": data_collator}
+        record_from_checkpoints(checkpoints, dataset, options, num_segments, **run)
         return cls.load(record_dir)
 
     def stage(self, name: str | None = None) -> StageRecord:
