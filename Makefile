@@ -8,11 +8,12 @@
 #
 # Variables: PYTHON=python3.12 picks the interpreter that makes .venv; PIP_ARGS is added to every pip install, for
 # example PIP_ARGS="--index-url URL" to take torch's CPU build from an index of your choice; ARGS is passed on to
-# pytest, the demo or the benchmarks (make test ARGS="-k record -x").
+# pytest, the demo or the benchmarks (make test ARGS="-k record -x"); JOBS=0 runs the tests in one process.
 
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
+JOBS ?= auto
 ARGS ?=
 
 PY := $(VENV)/bin/python
@@ -38,7 +39,7 @@ demo: $(STAMP)
 	$(VENV)/bin/hf-source demo $(ARGS)
 
 test: $(STAMP)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
