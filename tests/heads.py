@@ -84,6 +84,42 @@ class Perceptron(nn.Module):
         return (predictions,) if labels is None else (self.loss(predictions, labels), predictions)
 
 
+class Experts(nn.Module):
+    """Two experts, stacked into one parameter, of which every place takes a share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 8, 8) / 3)
+
+    def forward(self, x, shares):
+        return torch.einsum("rpe,eoi,rpi->rpo", shares, self.weight, x)
+
+
+class Mixed(nn.Module):
+    """Convolutions, a channel norm, attention in one matrix and stacked experts, for images of 4 by 4 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.down = nn.Conv2d(1, 8, 2, stride=2)
+        self.mixed = nn.Conv2d(8, 8, 3, padding=1, groups=4)
+        self.norm = nn.GroupNorm(2, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.gate = nn.Linear(8, 2)
+        self.experts = Experts()
+        self.up = nn.ConvTranspose2d(8, 2, 2, stride=2)
+        self.head = nn.Linear(2 * 16, 3)
+        self.loss = nn.CrossEntropyLoss()
+
+    def forward(self, pixel_values, labels=None):
+        x = self.down(pixel_values)
+        x = torch.tanh(self.norm(x + self.mixed(x))).flatten(2).transpose(1, 2)
+        x = x + self.attention(x, x, x)[0]
+        x = x + self.experts(x, self.gate(x).softmax(dim=-1))
+        logits = self.head(torch.tanh(self.up(x.transpose(1, 2).unflatten(2, (2, 2)))).flatten(1))
+        return (logits,) if labels is None else (self.loss(logits, labels), logits)
+
+
 def texts(labels: Callable[[torch.Tensor], Any], num_rows: int = 12) -> Dataset:
     """Rows of five tokens; `labels` makes a row's label of them, every fifth one is wrong."""
     generator = torch.Generator().manual_seed(1)
@@ -170,6 +206,7 @@ HEADS = {
     "speech": Head(tiny_wav2vec2, _speech, "ctc"),
     "speech-mean": Head(lambda d: tiny_wav2vec2(d, "mean"), _speech, "ctc"),
     "image": Head(tiny_vit, _images, "classification"),
+    "own-images": Head(lambda d: Mixed().to(d), _images, "classification", own=True),
     "own-regression": Head(
         lambda d: Perceptron().to(d), lambda: _points(lambda r: float(r[0] * r[1])), "regression", own=True
     ),

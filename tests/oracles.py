@@ -103,7 +103,7 @@ class Odd(nn.Module):
         self.sideways = nn.Linear(hidden, hidden)  # called on [tokens, rows, hidden]
         self.exponential_norm = ExponentialRMSNorm(hidden)
         self.norm = nn.LayerNorm(hidden)
-        self.convolution = nn.Conv1d(hidden, hidden, 2)  # a module with no rule
+        self.convolution = nn.Conv1d(hidden, hidden, 2)  # channels first
         self.idle = nn.Linear(hidden, hidden)  # no part in the loss
         self.head = nn.Linear(hidden, VOCAB, bias=False)
 
@@ -119,10 +119,7 @@ class Odd(nn.Module):
         return SimpleNamespace(logits=self.head(x))
 
 
-ODD_FALLBACK = {
-    "scale", "gain", "borrowed.weight", "both.weight", "sideways.weight", "sideways.bias", "exponential_norm.weight",
-    "convolution.weight", "convolution.bias",
-}  # fmt: skip
+ODD_FALLBACK = {"scale", "gain", "borrowed.weight", "both.weight", "sideways.weight", "sideways.bias"}
 
 
 def odd(hidden: int = 6) -> nn.Module:
@@ -422,9 +419,21 @@ def layer_traffic(
         hook.remove()
         for x, y in calls:
             grad = torch.autograd.grad(loss, y, retain_graph=True, materialize_grads=True)[0]
+            if isinstance(module, nn.modules.conv._ConvNd):
+                x, grad = patches(module, x.detach()), grad.movedim(1, -1)
             inputs.append(x.detach().flatten(0, -2).numpy())
             grads.append(grad.flatten(0, -2).numpy())
     return np.concatenate(inputs), np.concatenate(grads)
+
+
+def patches(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What a convolution of one group multiplies with its weight, `[rows, *places, in x kernel]`.
+
+    A kernel that is 1 at one element and 0 elsewhere picks that element of every patch.
+    """
+    kernels = torch.eye(module.weight[0].numel(), dtype=x.dtype).reshape(-1, *module.weight.shape[1:])
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
+    return convolve(x, kernels, None, module.stride, module.padding, module.dilation).movedim(1, -1)
 
 
 def eigenbasis(moment: np.ndarray) -> np.ndarray:

@@ -18,9 +18,10 @@ flow of a segment is then an elementwise function of the eigenvalues (Bae et al.
 evaluated in `P^{-1/2} theta`, where Adam is plain gradient flow with curvature `P^{1/2} H P^{1/2}`: no damping and no
 diagonal approximation of the exponential is needed. With SGD (`P` a constant) these are the paper's formulas.
 
-Factors: Linear and Conv1D, input covariance x output-gradient covariance; embeddings and heads tied to them, diagonal
-over the vocabulary x full over the hidden size; vectors (norms, biases), dense; anything else, the second moments of
-its gradient matrix. For a `P` that is not constant the covariances are those of `sqrt(v) * input` and
+Factors: Linear and Conv1D, input covariance x output-gradient covariance; convolutions without groups, the same with
+patches as inputs (Grosse & Martens 2016, arXiv 1602.01407); embeddings and heads tied to them, diagonal over the
+vocabulary x full over the hidden size; vectors (norms, biases), dense; anything else, the second moments of its
+gradient matrix. For a `P` that is not constant the covariances are those of `sqrt(v) * input` and
 `sqrt(u) * output gradient`, with `u v^T` the rank-one factorisation of `P` (Shazeer & Stern 2018, arXiv 1804.04235),
 so that the basis belongs to the whitened gradient.
 """
@@ -30,8 +31,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..gradients.convolutions import conv_sides, conv_weight
 from ..gradients.rows import Pass, RowGradients
-from ..gradients.rules import by_row, conv1d_weight, linear_weight
+from ..gradients.rules import Call, by_row, conv1d_weight, linear_weight
 from .block import Block, GradientMoments, as_matrices, eigenvectors, rotate
 from .flow import Flow, decayed, integral
 from .preconditioner import Preconditioner
@@ -42,7 +44,7 @@ Vectors = dict[str, torch.Tensor]
 
 
 class KroneckerMoments:
-    """Accumulates the input and output-gradient covariances of a Linear or Conv1D weight.
+    """Accumulates the input and output-gradient covariances of a Linear, Conv1D or convolution's weight.
 
     Args:
         gradients: engine whose passes are added.
@@ -59,14 +61,17 @@ class KroneckerMoments:
 
     @staticmethod
     def fits(gradients: RowGradients, name: str) -> bool:
-        """Whether the parameter is a Linear or Conv1D weight used in one place only."""
+        """Whether the parameter is such a weight, used in one place only."""
         uses = gradients.uses[name]
-        return name not in gradients.fallback and len(uses) == 1 and uses[0].rule in (linear_weight, conv1d_weight)
+        if not gradients.ruled(name) or len(uses) != 1:
+            return False
+        (use,) = uses
+        return use.rule in (linear_weight, conv1d_weight) or (use.rule is conv_weight and use.module.groups == 1)
 
     def add(self, done: Pass, scale: float) -> None:
         """Add the sums over the pass's tokens (padding left out): inputs once, output gradients times `scale^2`."""
         for call in done.calls.get(self.use.module, ()):
-            inputs, grads = (by_row(tensor, done.num_rows) for tensor in (call.input, call.grad))
+            inputs, grads = self._sides(call, done.num_rows)
             mask = done.batch.get("attention_mask")
             if mask is not None and mask.shape == inputs.shape[:2]:
                 inputs = inputs * mask[..., None]
@@ -74,6 +79,12 @@ class KroneckerMoments:
             left, right = self.preconditioner.whitened_sides(*(side.flatten(0, 1) for side in sides))
             self.left = left.T @ left if self.left is None else self.left.add_(left.T @ left)
             self.right = right.T @ right if self.right is None else self.right.add_(right.T @ right)
+
+    def _sides(self, call: Call, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and output gradients by token, `[rows, tokens, features]`; a token of an image is a patch."""
+        if self.use.rule is conv_weight:
+            return tuple(side[:, 0] for side in conv_sides(call, rows))
+        return by_row(call.input, rows), by_row(call.grad, rows)
 
     def bases(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Eigenvectors of both covariances, in the order of the weight's axes."""

@@ -14,22 +14,28 @@
 """Per-row gradients of every wanted parameter of a model, one parameter at a time.
 
 One forward and one backward pass over a batch give, for each module, what went in and the gradient that came back
-(`rules.py`). No parameter gradient is computed by autograd on the way, and a parameter's per-row gradients exist only
-while they are used. Before the first use each rule is compared with autograd on real rows; a parameter whose module
-has no rule, or whose rule does not agree (weights used outside their module, unusual layouts), is handled by one
-backward pass per row instead: slower, never silently left out.
+(`rules.py`, `convolutions.py`). No parameter gradient is computed by autograd on the way, and a parameter's per-row
+gradients exist only while they are used. Before the first use each rule is compared with autograd on real rows. A
+parameter whose module has no rule, or whose rule does not agree (weights used outside their module), is told from
+running the smallest module around it again that does agree (`recompute.py`); where none does (unusual layouts), by one
+backward pass per row through the whole model: slower, never silently left out.
 """
 
 import copy
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from ..errors import UnsupportedError
+from .convolutions import channel_rules, mixes_rows
+from .recompute import NotByRow, cut, recomputed, tensors_of
 from .rules import Call, Rule, rules_for
 from .task import Batch, Task, task_labels
 
@@ -71,6 +77,10 @@ class RowGradients:
         task: what defines a row's loss.
         names: parameters wanted, as in `model.named_parameters()`; they need not be trainable.
         max_block_bytes: largest per-row gradient block held at once; longer blocks come in slices of rows.
+
+    Attributes:
+        around: parameters without a rule that holds -> the module that is run again for them.
+        fallback: parameters that take a backward pass per row.
     """
 
     def __init__(self, model: nn.Module, task: Task, names: Sequence[str], max_block_bytes: int = 256 * 2**20) -> None:
@@ -86,7 +96,11 @@ class RowGradients:
         self.parameters = {name: parameters[name] for name in names}
         self.max_block_bytes = max_block_bytes
         self.uses = {name: self._uses_of(parameter) for name, parameter in self.parameters.items()}
-        self.fallback = {name for name, uses in self.uses.items() if uses is None}
+        self.fallback: set[str] = set()
+        self.around: dict[str, str] = {}
+        for name, uses in self.uses.items():
+            if uses is None:
+                self._leave_rules(name, next(iter(self._modules_around(name)), None))
         self.checked = False
 
     @property
@@ -100,11 +114,36 @@ class RowGradients:
         for module in self.model.modules():
             for attribute, own in module._parameters.items():
                 if own is parameter:
-                    rule = rules_for(module).get(attribute)
+                    rule = (rules_for(module) or channel_rules(module)).get(attribute)
                     if rule is None:
                         return None
                     uses.append(Use(module, rule))
         return uses
+
+    def _modules_around(self, name: str) -> list[str]:
+        """Modules that hold all uses of a parameter, from the smallest on, without the model itself."""
+        wanted = self.parameters[name]
+        paths = [key for key, own in self.model.named_parameters(remove_duplicate=False) if own is wanted]
+        shared = os.path.commonprefix([path.split(".")[:-1] for path in paths])
+        return [".".join(shared[:length]) for length in range(len(shared), 0, -1)]
+
+    def _leave_rules(self, name: str, around: str | None) -> None:
+        """Tell a parameter from running a module again, or by the fallback."""
+        self.around.pop(name, None)
+        if around is None:
+            self.fallback.add(name)
+        else:
+            self.around[name] = around
+
+    def ruled(self, name: str) -> bool:
+        """Whether rules give the parameter's gradient."""
+        return name not in self.fallback and name not in self.around
+
+    def _modules_for(self, name: str) -> list[nn.Module]:
+        """The modules whose calls tell the parameter's gradient."""
+        if name in self.around:
+            return [self.model.get_submodule(self.around[name])]
+        return [use.module for use in self.uses[name] or ()] if self.ruled(name) else []
 
     def with_task(self, task: Task) -> "RowGradients":
         """The same engine, its rules already checked, for another loss of the same outputs."""
@@ -141,9 +180,10 @@ class RowGradients:
         given: torch.Tensor,
         names: Iterable[str] | None,
         generators: Sequence[torch.Generator | None],
+        also: Iterable[nn.Module] = (),
     ) -> Iterator[Pass]:
         names = list(self.parameters if names is None else names)
-        modules = {use.module for name in names if name not in self.fallback for use in self.uses[name]}
+        modules = {module for name in names for module in self._modules_for(name)} | set(also)
         with self._captured(modules, len(given) * getattr(self.task, "sequences_per_row", 1)) as calls:
             with torch.enable_grad():
                 outputs = self.task.forward(self.model, batch)
@@ -163,10 +203,13 @@ class RowGradients:
         found: dict[nn.Module, list[Call]] = {}
         if not made:
             return found
-        grads = torch.autograd.grad(losses.sum(), [call.output for call in made], retain_graph=keep, allow_unused=True)
-        for call, grad in zip(made, grads, strict=True):
-            if grad is not None:  # None for DoRA's look at its own weights, whatever its layout
-                found.setdefault(call.module, []).append(Call(call.module, call.input, call.output.detach(), grad))
+        outputs = [output for call in made for output in call.outputs if output.requires_grad]
+        grads = iter(torch.autograd.grad(losses.sum(), outputs, retain_graph=keep, allow_unused=True))
+        for call in made:
+            own = tuple(next(grads) if output.requires_grad else None for output in call.outputs)
+            if any(grad is not None for grad in own):  # None for DoRA's look at its own weights, whatever its layout
+                plain = tuple(output.detach() for output in call.outputs)
+                found.setdefault(call.module, []).append(Call(call.module, call.args, call.kwargs, plain, own))
         return found
 
     def blocks(self, done: Pass, names: Iterable[str] | None = None) -> Iterator[tuple[str, slice, torch.Tensor]]:
@@ -177,46 +220,81 @@ class RowGradients:
         """
         names = list(self.parameters if names is None else names)
         slow = [name for name in names if name in self.fallback or not self._fits(name, done)]
+        groups: dict[str, list[str]] = {}
         for name in names:
             if name in slow:
                 continue
-            parameter = self.parameters[name]
-            step = max(1, int(self.max_block_bytes // max(1, parameter.numel() * parameter.element_size())))
-            for start in range(0, done.num_rows, step):
-                rows = slice(start, min(start + step, done.num_rows))
+            if name in self.around:
+                groups.setdefault(self.around[name], []).append(name)
+                continue
+            for rows in self._slices([name], done):
                 yield name, rows, self._block(name, done, rows)
+        for path, group in groups.items():
+            yield from self._recomputed_blocks(done, path, group)
         yield from self._fallback_blocks(done, slow)
+
+    def _slices(self, names: Sequence[str], done: Pass) -> Iterator[slice]:
+        """Slices of the batch's rows whose gradients of these parameters may be held at once."""
+        size = sum(self.parameters[name].numel() * self.parameters[name].element_size() for name in names)
+        step = max(1, int(self.max_block_bytes // max(1, size)))
+        for start in range(0, done.num_rows, step):
+            yield slice(start, min(start + step, done.num_rows))
+
+    def _recomputed_blocks(self, done: Pass, path: str, names: Sequence[str]):
+        """Blocks of parameters for which a module is run again, once for all of them."""
+        for rows in self._slices(names, done):
+            try:
+                found = self._recomputed(done, path, names, rows)
+            except NotByRow as error:
+                logger.warning("%s; using one backward pass per row for this batch", error)
+                yield from self._fallback_blocks(done, names, start=rows.start)
+                return
+            for name, grads in found.items():
+                yield name, rows, grads
+
+    def _recomputed(self, done: Pass, path: str, names: Sequence[str], rows: slice) -> dict[str, torch.Tensor]:
+        count = rows.stop - rows.start
+        local = {name: name[len(path) + 1 :] for name in names}
+        found = {name: self.parameters[name].new_zeros((count, *self.parameters[name].shape)) for name in names}
+        for call in done.calls.get(self.model.get_submodule(path), ()):
+            parts = recomputed(call, rows, done.num_rows, list(local.values()))
+            for name in names:
+                found[name] += parts[local[name]]
+        return found
 
     def calls(self, name: str, done: Pass) -> list[tuple[Rule, Call]] | None:
         """The calls of a pass that a parameter's gradient is the sum of, with their rules; `None` if no rule holds."""
-        if name in self.fallback or not self._fits(name, done):
+        if not self.ruled(name) or not self._fits(name, done):
             return None
         return [(use.rule, call) for use in self.uses[name] for call in done.calls.get(use.module, ())]
+
+    def _calls_of(self, name: str, done: Pass) -> list[Call]:
+        return [call for module in self._modules_for(name) for call in done.calls.get(module, ())]
 
     def _fits(self, name: str, done: Pass) -> bool:
         """Whether calls without a row axis hold each row's tokens, or one vector a row, as the check saw it.
 
         An expert that was routed every token of the checked rows may be routed a part of them here.
         """
-        calls = [call for use in self.uses[name] for call in done.calls.get(use.module, ())]
-        return all(call.grad.dim() != 2 or len(call.grad) in (done.num_rows, done.labels.numel()) for call in calls)
+        sizes = (done.num_rows, done.labels.numel())
+        return all(call.grad.dim() != 2 or len(call.grad) in sizes for call in self._calls_of(name, done))
 
     def _block(self, name: str, done: Pass, rows: slice) -> torch.Tensor:
         count = rows.stop - rows.start
         result = None
         for use in self.uses[name]:
             for call in done.calls.get(use.module, ()):
-                part = use.rule(_rows_of(call, rows, done.num_rows), count)
+                part = use.rule(cut(call, rows, done.num_rows), count)
                 result = part if result is None else result.add_(part)
         if result is None:  # the module was never called: the parameter had no part in the loss
             parameter = self.parameters[name]
             result = parameter.new_zeros((count, *parameter.shape))
         return result
 
-    def _fallback_blocks(self, done: Pass, names: Sequence[str]) -> Iterator[tuple[str, slice, torch.Tensor]]:
-        if not names:
-            return
-        for row in range(done.num_rows):
+    def _fallback_blocks(
+        self, done: Pass, names: Sequence[str], start: int = 0
+    ) -> Iterator[tuple[str, slice, torch.Tensor]]:
+        for row in range(start, done.num_rows if names else start):
             for name, grad in self._autograd_row(done.batch, done.labels, row, names).items():
                 yield name, slice(row, row + 1), grad[None]
 
@@ -237,15 +315,18 @@ class RowGradients:
         }
 
     def check(self, batch: Batch) -> None:
-        """Compare every rule with autograd on one row of the batch, taken alone; disagreeing ones go to the fallback.
+        """Compare every rule with autograd on one row of the batch, taken alone.
 
-        The row is the one with most loss items. Give at least two rows: what a rule gets wrong by mixing rows shows
-        only then.
+        A parameter whose rule disagrees is told from the smallest module around it that agrees when it is run again,
+        and goes to the fallback if there is none. The row is the one with most loss items. Give at least two rows:
+        what a rule gets wrong by mixing rows shows only then.
 
         Raises:
-            UnsupportedError: if a gradient is not finite, or no row has a loss item to check with.
+            UnsupportedError: if a gradient is not finite, no row has a loss item to check with, or a module mixes
+                rows.
         """
         self.checked = True
+        self._refuse_mixing()
         names = list(self.parameters)
         labels = task_labels(self.task, batch)
         items = self.task.num_items(labels)
@@ -258,32 +339,56 @@ class RowGradients:
         scale = max(float(grad.norm()) for grad in truth.values()) if truth else 0.0
         if not torch.isfinite(torch.tensor(scale)):
             raise UnsupportedError("The model's gradient is not finite on a training row: check the recorded weights.")
+        candidates = {name: self._modules_around(name) for name in names}
+        modules = {self.model.get_submodule(path) for paths in candidates.values() for path in paths}
         try:
-            done = self.run(batch)
+            done = next(self._passes(batch, labels, names, [None], modules))
         except RuntimeError as error:  # a layout that no rule foresaw
             logger.warning("per-row rules do not fit this model (%s); using one backward pass per row", error)
-            self.fallback = set(names)
+            self.around, self.fallback = {}, set(names)
             return
-        tolerance = _RULE_TOLERANCE.get(next(iter(truth.values())).dtype, 2e-2)
+        relative = _RULE_TOLERANCE.get(next(iter(truth.values())).dtype, 2e-2)
         for name in names:
             # Key biases of attention have a gradient that is zero but for rounding: measure against the model's too.
-            size = max(float(truth[name].norm()), 1e-4 * scale)
-            if name not in self.fallback and not self._rule_holds(name, done, row, truth[name], tolerance * size):
-                logger.warning("parameter %s: no per-row rule fits, using one backward pass per row for it", name)
-                self.fallback.add(name)
+            tolerance = relative * max(float(truth[name].norm()), 1e-4 * scale)
+            if name not in self.fallback and not (self.ruled(name) and self._holds(name, done, row, truth, tolerance)):
+                self._look_around(name, candidates[name], done, row, truth, tolerance)
 
-    def _rule_holds(self, name: str, done: Pass, row: int, truth: torch.Tensor, tolerance: float) -> bool:
-        if not truth.any():
-            # Zeros agree with anything. Trust only the layout that rules are made for, `[rows, tokens, features]`: an
-            # expert that saw no token of these rows was not called at all, and will see a part of others' tokens.
-            calls = [call for use in self.uses[name] for call in done.calls.get(use.module, ())]
-            if not calls or any(call.grad.dim() < 3 or len(call.grad) != done.num_rows for call in calls):
-                return False
+    def _refuse_mixing(self) -> None:
+        for path, module in self.model.named_modules():
+            if mixes_rows(module):
+                raise UnsupportedError(
+                    f"The module `{path}` is a {type(module).__name__} without running statistics: its output for a "
+                    "row depends on the rest of the batch, so a row has no loss of its own. Replace it by LayerNorm "
+                    "or GroupNorm."
+                )
+
+    def _look_around(self, name, candidates, done, row, truth, tolerance) -> None:
+        """Find the smallest module that tells the parameter's gradient when it is run again."""
+        for path in candidates:
+            self._leave_rules(name, path)
+            if self._holds(name, done, row, truth, tolerance):
+                logger.info("parameter %s: no per-row rule fits, running %s again for it", name, path)
+                return
+        logger.warning("parameter %s: no per-row rule fits, using one backward pass per row for it", name)
+        self._leave_rules(name, None)
+
+    def _holds(self, name: str, done: Pass, row: int, truth: Mapping[str, torch.Tensor], tolerance: float) -> bool:
+        calls = self._calls_of(name, done)
+        # Zeros agree with anything. Trust only the layout that rules are made for, `[rows, tokens, features]`: an
+        # expert that saw no token of these rows was not called at all, and will see a part of others' tokens.
+        layout = calls and all(call.grad.dim() >= 3 and len(call.grad) == done.num_rows for call in calls)
+        if not truth[name].any() and not layout:
+            return False
+        rows = slice(row, row + 1)
         try:
-            got = self._block(name, done, slice(row, row + 1))[0]
+            if name in self.around:
+                got = self._recomputed(done, self.around[name], [name], rows)[name][0]
+            else:
+                got = self._block(name, done, rows)[0]
         except (RuntimeError, TypeError):  # a layout that the rule did not foresee, or a module with more inputs
             return False
-        return float((got - truth).norm()) <= tolerance
+        return float((got - truth[name]).norm()) <= tolerance
 
     @contextmanager
     def _captured(self, modules: Iterable[nn.Module], sequences: int) -> Iterator[dict[nn.Module, list[Call]]]:
@@ -296,13 +401,11 @@ class RowGradients:
                 return (args[0].expand(sequences, -1), *args[1:])
             return None
 
-        def record(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor | None:
-            if not isinstance(output, torch.Tensor):  # several outputs: no rule for that, which `check` will find
-                return None
-            if not output.requires_grad:
-                output = output.detach().requires_grad_(True).view_as(output)
-            inputs = args[0] if args else next(iter(kwargs.values()))
-            calls.setdefault(module, []).append(Call(module, inputs.detach(), output))
+        def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+            output, found = _with_gradient(output)
+            if found:
+                given = (tree_map(_plain, held) for held in (args, kwargs))
+                calls.setdefault(module, []).append(Call(module, *given, found))
             return output
 
         handles = []
@@ -331,15 +434,22 @@ class RowGradients:
                 parameter.requires_grad_(flag)
 
 
-def _rows_of(call: Call, rows: slice, num_rows: int) -> Call:
-    """The part of a call that belongs to a slice of the batch's rows."""
-    if rows.start == 0 and rows.stop == num_rows:
-        return call
+def _with_gradient(output: Any) -> tuple[Any, tuple[torch.Tensor, ...]]:
+    """A module's output with gradients asked for, and its tensors."""
+    found = tensors_of(output)
+    if not found or any(tensor.requires_grad for tensor in found):
+        return output, tuple(found)
+    if isinstance(output, torch.Tensor):
+        output = output.detach().requires_grad_(True).view_as(output)
+    elif type(output) in (tuple, list):
+        output = type(output)(_with_gradient(part)[0] for part in output)
+    else:
+        return output, ()
+    return output, tuple(tensors_of(output))
 
-    def cut(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.reshape(num_rows, -1, *tensor.shape[1:])[rows].flatten(0, 1)
 
-    return Call(call.module, cut(call.input), call.output, cut(call.grad))
+def _plain(held: Any) -> Any:
+    return held.detach() if isinstance(held, torch.Tensor) else held
 
 
 def as_rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,9 @@
 
 Each rule is the textbook chain rule for its module, kept apart per row. `call.input` is `[rows, ..., in]`,
 `call.grad` (gradient of the summed loss with respect to the module's output) `[rows, ..., out]`; a rule returns
-`[rows, *parameter.shape]`. Rules exist for the modules below; every other parameter goes through the fallback of
-`RowGradients`, and every rule is checked against autograd on real rows before it is used.
+`[rows, *parameter.shape]`. Rules exist for the modules below and those of `convolutions.py`; parameters of any other
+module come from running it again (`recompute.py`). Every rule is checked against autograd on real rows before it is
+used.
 """
 
 from collections.abc import Callable
@@ -29,12 +30,31 @@ from transformers.pytorch_utils import Conv1D
 
 @dataclass
 class Call:
-    """One call of a module in a forward pass. A module called twice leaves two of them."""
+    """One call of a module in a forward pass. A module called twice leaves two of them.
+
+    Attributes:
+        module: what was called.
+        args, kwargs: what it was called with, without graph.
+        outputs: its tensors that carry a gradient.
+        grads: the gradients that came back to them, once there was a backward pass; `None` for an output without part
+            in the loss.
+    """
 
     module: nn.Module
-    input: torch.Tensor
-    output: torch.Tensor
-    grad: torch.Tensor | None = None
+    args: tuple
+    kwargs: dict
+    outputs: tuple[torch.Tensor, ...]
+    grads: tuple[torch.Tensor | None, ...] = ()
+
+    @property
+    def input(self) -> torch.Tensor:
+        """The first thing that went in."""
+        return self.args[0] if self.args else next(iter(self.kwargs.values()))
+
+    @property
+    def grad(self) -> torch.Tensor:
+        """The gradient of the first output that has one."""
+        return next(grad for grad in self.grads if grad is not None)
 
 
 Rule = Callable[[Call, int], torch.Tensor]

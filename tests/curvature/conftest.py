@@ -127,12 +127,12 @@ class Segment:
         )
 
     def is_kronecker(self, name: str) -> bool:
-        """Whether the parameter is the weight of a Linear or Conv1D, used only there."""
+        """Whether the parameter is the weight of a Linear, a Conv1D or a convolution, used only there."""
         if self.kind == "odd" and name in oracles.ODD_FALLBACK:
             return False
         if name in oracles.embedding_names(self.model, self.names):
             return False  # a head tied to it included
-        return name.endswith("weight") and isinstance(self.owner(name), nn.Linear | Conv1D)
+        return name.endswith("weight") and isinstance(self.owner(name), nn.Linear | Conv1D | nn.Conv1d)
 
     def bases(self, name: str, whitened: np.ndarray, P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """`L`, `R` by definition: covariances of scaled output gradients and inputs, or moments of gradients."""
