@@ -31,6 +31,7 @@ _LAZY = {
     "Attribution": ".outputs.attribution_files",
     "load_attribution": ".outputs.attribution_files",
     "save_attribution": ".outputs.attribution_files",
+    "SourceIndex": ".index",
     "RowLossTask": ".gradients",
     "CausalLMTask": ".gradients",
 }

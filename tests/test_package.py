@@ -70,6 +70,7 @@ def test_lazy_names_are_those_of_their_modules():
         "Attribution",
         "load_attribution",
         "save_attribution",
+        "SourceIndex",
         "RowLossTask",
         "CausalLMTask",
     }

@@ -23,6 +23,7 @@ from .hybrid import EKFACHybridCurvature
 from .inverse import EKFACInverse, JointInverse, ekfac_inverse, joint_inverse
 from .joint import JointCurvature, SampleSpace
 from .preconditioner import Diagonal, OneSided, Preconditioner, as_preconditioners
+from .response import Response, make_response
 from .sample import FisherSample, systematic_sample
 from .simple import ExactCurvature, IdentityCurvature, gauss_newton
 
@@ -68,6 +69,7 @@ __all__ = [
     "JointInverse",
     "OneSided",
     "Preconditioner",
+    "Response",
     "SampleSpace",
     "as_preconditioners",
     "conjugate_gradient",
@@ -76,5 +78,6 @@ __all__ = [
     "gauss_newton",
     "joint_inverse",
     "make_curvature",
+    "make_response",
     "systematic_sample",
 ]

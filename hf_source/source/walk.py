@@ -275,7 +275,7 @@ def enter_stage(
     Raises:
         UnsupportedError: if the later stage does not start where this one ended, or changed a parameter's shape.
     """
-    _check_handover(stages[position], stages[position + 1])
+    check_handover(stages[position], stages[position + 1])
     count = next(iter(vectors.values()))
     entered = {}
     for name, canonical in names.items():
@@ -292,7 +292,7 @@ def enter_stage(
     return entered
 
 
-def _check_handover(earlier: StageRecord, later: StageRecord) -> None:
+def check_handover(earlier: StageRecord, later: StageRecord) -> None:
     """A stage must start from the weights the one before it ended with, or influence cannot pass between them."""
     if not later.continues_parent:
         raise UnsupportedError(
