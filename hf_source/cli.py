@@ -22,6 +22,7 @@ import typer
 from .cli_errors import friendly_errors
 from .cli_evaluate import evaluate
 from .cli_experiment import experiment_app
+from .cli_explore import explore
 from .cli_options import (
     SAMPLES_HELP,
     Completions,
@@ -53,8 +54,8 @@ app = typer.Typer(
     help="Which training rows made the model say this, and in which stage?\n\n"
     "Start with `hf-source demo`. For your own model: `train` (or SourceTrainer in Python) leaves a training record; "
     "`generate` lets the model speak and writes queries; `plan` tells the cost; `attribute` writes the scores as "
-    "columns of the dataset; `top` shows the rows that matter; `report` writes a page; `push` shares them on the "
-    "Hub.",
+    "columns of the dataset; `top` shows the rows that matter; `report` writes a page; `explore` opens an "
+    "app; `push` shares scores on the Hub.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -65,6 +66,7 @@ app.add_typer(experiment_app, name="experiment")
 app.command()(evaluate)
 app.command()(push)
 app.command()(report)
+app.command()(explore)
 
 
 @app.command()

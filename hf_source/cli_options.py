@@ -85,6 +85,14 @@ Stage = Annotated[str | None, typer.Option(help="Stage whose rows are meant (nee
 DatasetPath = Annotated[
     str | None, typer.Option(help="The stage's dataset, as it was trained on. By default the rows in the record.")
 ]
+Datasets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dataset",
+        help="A stage's dataset with all its columns, as stage=path; repeatable.",
+        show_default="the rows in the record",
+    ),
+]
 # Not given means: as the recipe says, or by default as SourceAttributor does.
 MethodOption = Annotated[Method | None, typer.Option(help="How rows are scored.", show_default="source")]
 CurvatureOption = Annotated[

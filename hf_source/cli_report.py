@@ -19,31 +19,31 @@ from typing import Annotated, Any
 import typer
 
 from .cli_errors import friendly_errors
+from .cli_options import (
+    Completions,
+    CurvatureOption,
+    Datasets,
+    MaxNewTokens,
+    MethodOption,
+    NumSamples,
+    Prompts,
+    QueriesFile,
+    Recipe,
+    Settings,
+)
 from .errors import ConfigError
 
 
 def report(
     run: Annotated[str, typer.Argument(help="Training record (folder or Hub id), or folder of saved scores.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write.")] = Path("report.html"),
-    queries: Annotated[
-        Path | None,
-        typer.Option("--queries", "-q", help="JSON Lines (or csv, parquet) with prompt, completion, optional name."),
-    ] = None,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
-    completion: Annotated[
-        list[str] | None,
-        typer.Option("--completion", "-c", help="What was said after each --prompt; else the model generates."),
-    ] = None,
+    queries: QueriesFile = None,
+    prompt: Prompts = None,
+    completion: Completions = None,
     stage: Annotated[
         list[str] | None, typer.Option(help="Stage whose rows are scored; repeatable.", show_default="all")
     ] = None,
-    dataset: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A stage's dataset with all its columns, as stage=path; repeatable.",
-            show_default="the rows in the record",
-        ),
-    ] = None,
+    dataset: Datasets = None,
     k: Annotated[int, typer.Option("-k", help="Rows per answer, stage and direction.")] = 5,
     column: Annotated[
         list[str] | None,
@@ -57,23 +57,12 @@ def report(
     scores: Annotated[
         bool, typer.Option("--scores", help="RUN holds scores (`push`, `save`) rather than a record.")
     ] = False,
-    method: Annotated[
-        str | None, typer.Option(help="How rows are scored, as in `attribute`.", show_default="source")
-    ] = None,
-    curvature: Annotated[
-        str | None, typer.Option(help="Curvature of Source, as in `attribute`.", show_default="joint")
-    ] = None,
-    num_samples: Annotated[
-        int | None, typer.Option(help="Sampled gradients per segment.", show_default="1024")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest generated completion.")] = 32,
-    recipe: Annotated[
-        Path | None, typer.Option(help="YAML file with settings of SourceAttributor; options override it.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", "-s", help="Any other setting of SourceAttributor as key=value; repeatable."),
-    ] = None,
+    method: MethodOption = None,
+    curvature: CurvatureOption = None,
+    num_samples: NumSamples = None,
+    max_new_tokens: MaxNewTokens = 32,
+    recipe: Recipe = None,
+    settings: Settings = None,
 ) -> None:
     """Write one self-contained HTML page: the answers, the rows and tokens behind them, and how far to trust that.
 
@@ -85,18 +74,27 @@ def report(
         if scores or (Path(run).expanduser() / "attribution.json").is_file():
             _of_scores(run, out, title, column, {"--queries": queries, "--prompt": prompt, "--stage": stage})
         else:
-            from .cli import _attributor, _queries
-            from .cli_push import _by_stage
-            from .recipes import load_rows
+            from .cli import _queries
 
-            named = {"method": method, "curvature": curvature, "num_samples": num_samples}
-            given = _by_stage(dataset, "--dataset")
-            attributor = _attributor([run], recipe, settings, {k: v for k, v in named.items() if v is not None})
-            for name, path in given.items():
-                attributor.set_dataset(name, load_rows(path))
+            attributor = attributor_of(run, recipe, settings, dataset, method, curvature, num_samples)
             asked = _queries(attributor, queries, prompt, completion, max_new_tokens)
             attributor.report(out, asked, stage, k, title=title, columns=column, shaded=shaded)
         typer.echo(f"Wrote {out}.")
+
+
+def attributor_of(
+    record: str, recipe: Path | None, settings: list[str] | None, datasets: list[str] | None, *named: Any
+) -> Any:
+    """The attributor of a command that takes datasets by stage; `named` are method, curvature and samples."""
+    from .cli import _attributor, _named
+    from .cli_push import _by_stage
+    from .recipes import load_rows
+
+    given = _by_stage(datasets, "--dataset")
+    attributor = _attributor([record], recipe, settings, _named(*named, None, None))
+    for name, path in given.items():
+        attributor.set_dataset(name, load_rows(path))
+    return attributor
 
 
 def _of_scores(run: str, out: Path, title: str | None, columns: list[str] | None, given: dict[str, Any]) -> None:

@@ -75,6 +75,15 @@ def grouping_columns(rows: Dataset, columns: Iterable[str] | None = None) -> lis
     return [name for name in own if _values(rows, name, False) is not None]
 
 
+def column_values(rows: Dataset, column: str) -> tuple[np.ndarray, list[str]]:
+    """The group of each row, int `[rows]`, and the groups' names.
+
+    Raises:
+        DataError: if the column's values make no groups.
+    """
+    return _values(rows, column, True) or (np.zeros(0, dtype=np.int64), [])
+
+
 def column_groups(rows: Dataset, column: str, scores: np.ndarray) -> list[Group]:
     """Groups by the values of a column, of the largest effect first.
 
@@ -83,7 +92,7 @@ def column_groups(rows: Dataset, column: str, scores: np.ndarray) -> list[Group]
         column: its name.
         scores: `[rows]` in the order of the rows.
     """
-    codes, names = _values(rows, column, True)
+    codes, names = column_values(rows, column)
     groups = [group_of(name, scores[codes == code]) for code, name in enumerate(names)]
     order = sorted(range(len(groups)), key=lambda code: -abs(groups[code].net))
     if len(groups) <= MOST + 1:

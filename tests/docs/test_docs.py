@@ -271,6 +271,9 @@ def test_the_how_to_runs(given):
     assert {"source_hungary", "source_wrong"} <= set(given["early"].column_names) & set(given["late"].column_names)
     assert set(given["table"]["stage"]) == {"train", "lora"}
     assert sorted(row["source_row"] for row in given["stream"]) == list(range(8))
+    for heading in ("Write a report", "Explore in a browser"):
+        exec(section("how-to.md", heading), given)
+    assert Path("answer.html").stat().st_size > 10_000
     exec(section("how-to.md", "Other methods and settings"), given)
     assert given["scores"].shape == (2, 8) and np.isfinite(given["scores"]).all()
 

@@ -1,0 +1,46 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`hf-source explore`: an app in which people ask a recorded model and look at the rows behind what it says."""
+
+from typing import Annotated
+
+import typer
+
+from .cli_errors import friendly_errors
+from .cli_options import CurvatureOption, Datasets, MethodOption, NumSamples, Recipe, Record, Settings
+
+
+def explore(
+    record: Record,
+    dataset: Datasets = None,
+    method: MethodOption = None,
+    curvature: CurvatureOption = None,
+    num_samples: NumSamples = None,
+    recipe: Recipe = None,
+    settings: Settings = None,
+    host: Annotated[str, typer.Option(help="Address to serve at; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="Port.", show_default="the first free one from 7860")] = None,
+    browser: Annotated[bool, typer.Option(help="Open it in the browser.")] = False,
+) -> None:
+    """Open an app: type a prompt, mark a part of the answer, see the rows, and what removing a group would change.
+
+    Needs the extra `app` (gradio). It serves on this machine only, unless --host says otherwise.
+    """
+    with friendly_errors():
+        from .cli_report import attributor_of
+        from .explorer import Explorer
+        from .explorer.app import launch
+
+        explorer = Explorer(attributor_of(record, recipe, settings, dataset, method, curvature, num_samples))
+        launch(explorer, server_name=host, server_port=port, inbrowser=browser)
