@@ -118,7 +118,7 @@ def prepare_rows(
         max_length: rows are cut to this many tokens; `None` leaves them whole.
 
     Raises:
-        DataError: if the columns are unknown, or raw text comes without a tokenizer.
+        DataError: if the columns are unknown, a text is missing, or raw text comes without a tokenizer.
     """
     names = dataset.column_names or list(next(iter(dataset.take(1)), {}))
     kind = dataset_kind(names)
@@ -128,6 +128,7 @@ def prepare_rows(
         raise DataError(f"The dataset holds raw `{kind}` rows, which need a tokenizer: pass `processing_class=`.")
 
     def encode(batch: Mapping[str, list]) -> dict[str, list]:
+        _refuse_missing_text(batch, ("text",) if kind == "text" else ("prompt", "completion"))
         if kind == "text":
             pairs = [_encode_text(processing_class, text) for text in batch["text"]]
         else:
@@ -144,6 +145,44 @@ def prepare_rows(
     settings = f"{dataset._fingerprint}/{kind}/{max_length}/{tokenizer_digest(processing_class)}"
     fingerprint = xxhash.xxh64(settings.encode())
     return dataset.map(encode, batched=True, desc="Tokenizing rows", new_fingerprint=fingerprint.hexdigest())
+
+
+def _refuse_missing_text(batch: Mapping[str, list], names: Sequence[str]) -> None:
+    for name in names:
+        for place, value in enumerate(batch[name]):
+            if not isinstance(value, str):
+                where = f"Row {batch[ROW][place]}" if ROW in batch else "A row"
+                raise DataError(
+                    f"{where} has {value!r} as its `{name}`, which is no text: leave such rows out first, e.g. "
+                    f"dataset.filter(lambda row: isinstance(row[{name!r}], str))."
+                )
+
+
+def refuse_unknown_tokens(dataset: Dataset, num_tokens: int | None) -> None:
+    """Refuse tokens that the model has no embedding for, before a lookup fails on them.
+
+    Args:
+        dataset: rows from [`prepare_rows`].
+        num_tokens: embeddings of the model; `None` if that is not known.
+
+    Raises:
+        DataError: naming a row and the fix.
+    """
+    if num_tokens is None or not len(dataset) or dataset.format["type"] == "custom":
+        return
+    start = 0
+    for batch in dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=4096):
+        largest = pc.max(pc.list_flatten(batch["input_ids"])).as_py()
+        if largest is not None and largest >= num_tokens:
+            rows = batch["input_ids"].to_pylist()
+            place = start + next(i for i, row in enumerate(rows) if max(row, default=0) >= num_tokens)
+            number = dataset.with_format(None)[place].get(ROW, place)
+            raise DataError(
+                f"Row {number} has the token {max(rows[place - start])}, the model has embeddings of {num_tokens} "
+                "tokens: the tokenizer is of another model. Take the model's own, or enlarge the model with "
+                "model.resize_token_embeddings(len(tokenizer))."
+            )
+        start += len(batch)
 
 
 def refuse_long_rows(dataset: Dataset, context_length: int | None) -> None:

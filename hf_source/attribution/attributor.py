@@ -40,7 +40,7 @@ from .ensembles import ENSEMBLES, check_agreement, make_ensemble, split_settings
 from .generation import complete, prompt_text
 from .methods import METHODS
 from .plan import Plan, make_plan
-from .queries import Queries, same_queries
+from .queries import Queries, refuse_one_text, refuse_other_than_queries, same_queries
 from .reader import RunReader
 
 
@@ -122,6 +122,10 @@ class SourceAttributor(RunReader):
             raise ConfigError(f"method={method!r} is unknown; choose one of {', '.join(sorted(METHODS))}.")
         if num_samples < 1:
             raise ConfigError(f"num_samples={num_samples}: at least one sampled gradient is needed (1024 is usual).")
+        if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.float64, torch.bfloat16):
+            raise ConfigError(f"dtype={dtype!r}: gradients are taken in torch.float32, float64 or bfloat16.")
+        if seed < 0:
+            raise ConfigError(f"seed={seed} must not be negative.")
         records = [record] if isinstance(record, TrainingRecord) else list(record)
         if not records:
             raise ConfigError("There is no record: give one, or several runs of the same stages with other seeds.")
@@ -278,11 +282,15 @@ class SourceAttributor(RunReader):
 
         Raises:
             DataError: if a prompt is empty or leaves no room for the completion.
+            ConfigError: if `max_new_tokens` is not positive.
         """
         if self.processing_class is None:
             raise DataError(
                 "The record holds no tokenizer: train with `processing_class=`, or use Queries.from_dataset."
             )
+        refuse_one_text("prompts", prompts)
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens={max_new_tokens}: a completion has at least one token (32 is usual).")
         prompts = [prompt_text(self.processing_class, prompt) for prompt in prompts]
         model = self.build_model(self.record.stages[-1])
         rows: list[dict[str, list[int]]] = []
@@ -444,6 +452,7 @@ class SourceAttributor(RunReader):
         Raises:
             DataError: also if a column of that name exists.
         """
+        refuse_other_than_queries(queries)
         record = self.record.stage(stage)
         rows = self.rows(record) if dataset is None else self.set_dataset(record.name, dataset)
         if not return_scores:
@@ -471,8 +480,14 @@ class SourceAttributor(RunReader):
         Returns:
             Columns `query`, `stage`, `row`, `rank`, `score`, `text`. Its `info.description` says on what assumption
             the scores rest, if any, and how far to trust them, if that was evaluated (`trust`).
+
+        Raises:
+            ConfigError: if `k` is not positive.
         """
-        wanted = [self.record.stage(name) for name in (stages or [stage.name for stage in self.record.stages])]
+        if k < 1:
+            raise ConfigError(f"k={k}: ask for at least one row.")
+        named = [stages] if isinstance(stages, str) else stages
+        wanted = [self.record.stage(name) for name in (named or [stage.name for stage in self.record.stages])]
         parts = []
         for stage in wanted:
             rows = self.rows(stage)

@@ -71,6 +71,8 @@ class Queries:
         Raises:
             DataError: if a completion is empty, or the lists differ in length, or a name repeats.
         """
+        for what, given in (("prompts", prompts), ("completions", completions)):
+            refuse_one_text(what, given)
         prompts, completions = list(prompts), list(completions)
         queries = cls(_names(names, len(prompts)), prompts, completions)
         for name, completion in zip(queries.names, completions, strict=True):
@@ -192,6 +194,21 @@ def same_queries(one: Queries, other: Queries) -> bool:
     """Whether queries ask the same, by the same names."""
     rows = one.rows is None or other.rows is None or one.rows == other.rows
     return list(one) == list(other) and one.are_rows == other.are_rows and rows
+
+
+def refuse_other_than_queries(given: Any) -> None:
+    """Raise `DataError` for anything but `Queries`."""
+    if not isinstance(given, Queries):
+        raise DataError(
+            f"queries is a {type(given).__name__}: make queries with `attributor.generate([prompt])`, or "
+            "`Queries.from_text([prompt], [completion])` for a text of your own."
+        )
+
+
+def refuse_one_text(what: str, given: Any) -> None:
+    """Raise `DataError` for a text where a list of texts is asked for: its letters would be the texts."""
+    if isinstance(given, str):
+        raise DataError(f"{what}={given!r} is one text, not a list of them: write {what}=[{given!r}].")
 
 
 def _names(names: Sequence[str] | None, count: int) -> list[str]:

@@ -14,6 +14,7 @@
 """What a record, the datasets and the user say together: rows, tasks, models and batches of every stage."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..errors import DataError
 from ..gradients import (
     CausalLMTask,
     Loss,
@@ -38,7 +40,7 @@ from ..gradients import (
 from ..recording import StageRecord, TrainingRecord
 from ..recording.quantized import keep_differentiable
 from .asking import query_batches
-from .queries import Queries
+from .queries import Queries, refuse_other_than_queries
 from .rows import StageRows
 
 
@@ -105,6 +107,11 @@ class RunReader:
             DataError: if it is not the dataset the stage was trained on.
             RecordError: if there is no such stage.
         """
+        if isinstance(dataset, (str, Path, Mapping)) or not hasattr(dataset, "__getitem__"):
+            raise DataError(
+                f"dataset is a {type(dataset).__name__}, not a dataset: give the one that the stage trained on (one "
+                "split, loaded), or None for the rows in the record."
+            )
         record = self.record.stage(stage)
         if self._datasets.get(record.name) is not dataset or record.name not in self._rows:
             self._rows[record.name] = self._stage_rows(record, dataset)
@@ -152,6 +159,12 @@ class RunReader:
         stage = self.record.stages[-1]
         task = self.rows(stage).task
         if queries.are_rows:
+            known = isinstance(task, (CausalLMTask, Seq2SeqTask))
+            if known and any("input_ids" not in row for row in queries.rows):
+                raise DataError(
+                    f"The queries' rows have {sorted(queries.rows[0])}, not `input_ids`: tokenise them as training "
+                    "did, or ask with Queries.from_text(prompts, completions)."
+                )
             return task if isinstance(self._measurement, Loss) else measured(task, self._measurement)
         if not isinstance(task, (CausalLMTask, Seq2SeqTask)):
             task = Seq2SeqTask() if stage.is_encoder_decoder else CausalLMTask()
@@ -183,6 +196,7 @@ class RunReader:
 
     def encode(self, queries: Queries) -> Queries:
         """The queries with token rows, as the last stage's model reads them."""
+        refuse_other_than_queries(queries)
         return queries.encode(self.processing_class, self.context_length, self.record.stages[-1].is_encoder_decoder)
 
     def query_gradients(self, gradients: RowGradients, queries: Queries) -> dict[str, torch.Tensor]:

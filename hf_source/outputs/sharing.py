@@ -117,7 +117,8 @@ def _asked(
         )
     every = [stage.name for stage in attributor.record.stages]
     if stages is not None:
-        chosen = [attributor.record.stage(name).name for name in stages]
+        named = [stages] if isinstance(stages, str) else stages
+        chosen = [attributor.record.stage(name).name for name in named]
         if not chosen:
             raise ConfigError(f"stages is empty: name some of {every}, or leave it out.")
     else:

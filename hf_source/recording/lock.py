@@ -47,7 +47,10 @@ def writing(root: Path) -> Iterator[None]:
     Raises:
         RecordError: if another writer holds it; says which process.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecordError(f"A record cannot be written to {root} ({error}): choose another record_dir.") from error
     file = root.resolve() / LOCK_FILE
     if file in _held:
         raise _busy(root, f"another trainer of this process (pid {os.getpid()})")

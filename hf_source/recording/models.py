@@ -51,6 +51,14 @@ def context_length(model: torch.nn.Module) -> int | None:
     return found - num_virtual_tokens(model)
 
 
+def num_embeddings(model: torch.nn.Module) -> int | None:
+    """Tokens that the model has embeddings of, where its input layer says."""
+    try:
+        return getattr(plain_model(model).get_input_embeddings(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):  # a model of one's own
+        return None
+
+
 _CAUSAL_LM_CLASSES = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
 

@@ -16,6 +16,7 @@
 import contextlib
 import inspect
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..data import IGNORE_INDEX, ROW, CausalLMCollator, dataset_kind, prepare_rows, refuse_long_rows
+from ..data import (
+    IGNORE_INDEX,
+    ROW,
+    CausalLMCollator,
+    dataset_kind,
+    prepare_rows,
+    refuse_long_rows,
+    refuse_unknown_tokens,
+)
 from ..errors import DataError, UnsupportedError
 from ..gradients.heads import HeadTask
 from ..gradients.selection import HEADS, TASKS
@@ -36,12 +45,12 @@ from .deepspeed import FollowedEngine
 from .heads import HEAD, recognise_head
 from .lock import writing
 from .losses import divides_by_count, loss_owner
-from .models import context_length, is_causal_lm, predicted_labels
+from .models import context_length, is_causal_lm, num_embeddings, predicted_labels
 from .optimizers import learning_rates
 from .precision import clip_factor, loss_scale, refuse_broken_gradient
 from .processes import Processes
 from .recorder import StageRecorder, read_sidecar
-from .rows.numbering import RowCollator, count_numbers, with_row_numbers
+from .rows.numbering import RowCollator, RowDataset, count_numbers, with_row_numbers
 from .rows.packing import packed_with_rows
 from .rows.streams import carries_numbers, column_names, is_stream, number_rows
 from .start import refuse_existing_stage, restart_recorder, start_recorder
@@ -116,6 +125,11 @@ class RecordingMixin:
     def _number_rows(self, dataset: Any) -> Any:
         if dataset is None:
             return dataset
+        if isinstance(dataset, Mapping):
+            raise DataError(
+                f"train_dataset holds several sets ({', '.join(map(str, dataset))}): pass one, such as "
+                f"dataset[{next(iter(dataset), 'train')!r}]."
+            )
         self.rows_were_numbered = ROW in column_names(dataset)
         self.given_dataset = dataset if isinstance(dataset, datasets.Dataset) else None
         dataset = number_rows(dataset)
@@ -289,6 +303,8 @@ class RecordingMixin:
         dataset = self.train_dataset
         if dataset is None:
             return
+        if hasattr(dataset, "__len__") and not len(dataset):
+            raise DataError("The training set has no rows: look at what it was read from, and what was filtered out.")
         if self._numbered and carries_numbers(dataset):
             if not is_stream(dataset):
                 with_row_numbers(dataset, self.num_train_examples or self.num_train_rows)  # only checks
@@ -403,15 +419,27 @@ class SourceTrainer(RecordingMixin, Trainer):
             self.eval_dataset = self._prepared(self.eval_dataset, strict)
 
     def _prepared(self, dataset: Any, strict: bool) -> Any:
+        if strict and isinstance(dataset, RowDataset):
+            _refuse_raw_rows(dataset)
         if not isinstance(dataset, _DATASETS) or _kind(dataset, strict) == "custom":
             return dataset
         dataset = prepare_rows(dataset, self.processing_class, getattr(self.args, "max_length", None))
         if strict and not is_stream(dataset):  # a collator of one's own may cut rows
             refuse_long_rows(dataset, context_length(self.model))
+            refuse_unknown_tokens(dataset, num_embeddings(self.model))
         return dataset
 
 
 _DATASETS = (datasets.Dataset, datasets.IterableDataset)
+
+
+def _refuse_raw_rows(dataset: RowDataset) -> None:
+    """Only a `datasets.Dataset` is tokenised here; of other rows the first one says how they are."""
+    if len(dataset) and "input_ids" not in (row := dataset[0]):
+        raise DataError(
+            f"The rows of this {type(dataset.dataset).__name__} have {sorted(set(row) - {ROW})}, not `input_ids`. "
+            "Make it a dataset, which may hold raw text (datasets.Dataset.from_list(rows)), or tokenise its rows."
+        )
 
 
 def _kind(dataset: datasets.Dataset | datasets.IterableDataset, strict: bool) -> str:

@@ -120,9 +120,11 @@ def read_record_json(path: Path) -> dict[str, Any]:
     """
     file = path / RECORD_FILE
     if not file.is_file():
+        near = [folder for folder in (path / "record", path.parent) if (folder / RECORD_FILE).is_file()]
         raise RecordError(
             f"There is no training record at {path}: {file} does not exist. Pass the `record_dir` of a training run "
             "made with SourceTrainer (by default `<output_dir>/record`)."
+            + (f" There is one at {near[0]}." if near else "")
         )
     try:
         return upgraded(json.loads(file.read_text(encoding="utf-8")), file)

@@ -1,0 +1,143 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Mistakes of a first day: each is refused before work is spent, and the error names the way out."""
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+
+from hf_source import Queries, SourceAttributor, SourceTrainer, TrainingRecord
+from hf_source.errors import ConfigError, DataError, RecordError
+
+from .cases import byte_tokenizer, config, tiny_gpt2
+from .story import chats, facts
+
+
+TEXTS = ["one row", "another row", "a third row"]
+
+
+def trainer(folder, rows, vocab_size=260, **settings) -> SourceTrainer:
+    model = tiny_gpt2(vocab_size=vocab_size)
+    args = config(folder, max_steps=2, num_segments=1, **settings)
+    return SourceTrainer(model, args, train_dataset=rows, processing_class=byte_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (
+            DatasetDict(train=facts(), test=chats()),
+            r"several sets \(train, test\): .*dataset\['train'\]",
+        ),
+        ([{"text": text} for text in TEXTS], r"of this list have \['text'\].*Dataset.from_list"),
+        (Dataset.from_dict({"text": [*TEXTS, None]}), "Row 3 has None as its `text`.*dataset.filter"),
+        (Dataset.from_dict({"prompt": ["a"], "completion": [None]}), "Row 0 has None as its `completion`"),
+    ],
+)
+def test_rows_that_cannot_be_read(tmp_path, rows, said):
+    with pytest.raises(DataError, match=said):
+        trainer(tmp_path, rows)
+
+
+def test_a_tokenizer_of_another_model(tmp_path):
+    rows = Dataset.from_dict({"text": ["abc", "\u00e9t\u00e9"]})
+    largest = max(max(row) for row in byte_tokenizer()(rows["text"][:])["input_ids"])
+    with pytest.raises(DataError, match=f"Row 1 has the token {largest}, .* of {largest} tokens.*resize_token"):
+        trainer(tmp_path, rows, vocab_size=largest)
+    trainer(tmp_path, rows, vocab_size=largest + 1)
+
+
+def test_an_empty_training_set(tmp_path):
+    with pytest.raises(DataError, match="has no rows"):
+        trainer(tmp_path, facts().filter(lambda row: False)).train()
+    assert not (tmp_path / "record").exists()
+
+
+def test_a_record_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RecordError, match="cannot be written to .*choose another record_dir"):
+        trainer(tmp_path, facts(), record_dir=str(tmp_path / "file")).train()
+
+
+def test_a_folder_beside_the_record(story):
+    with pytest.raises(RecordError, match=f"There is one at {story.path}[.]"):
+        TrainingRecord.load(story.path / "pretrain")
+    with pytest.raises(RecordError, match=f"There is one at {story.path}[.]"):
+        TrainingRecord.load(story.path.parent)
+    with pytest.raises(RecordError, match="by default `<output_dir>/record`[^ ]*[)][.]$"):
+        TrainingRecord.load(story.path.parent.parent)
+
+
+def attributor(story, **settings) -> SourceAttributor:
+    return SourceAttributor(story, num_samples=8, progress=False, **settings)
+
+
+ASKED = Queries.from_text(["Peru:"], [" Lima"])
+
+
+def test_one_text_for_a_list_of_texts(story):
+    with pytest.raises(DataError, match=r"write prompts=\['Peru:'\]"):
+        Queries.from_text("Peru:", [" Lima"])
+    with pytest.raises(DataError, match=r"write completions=\[' Lima'\]"):
+        Queries.from_text(["Peru:"], " Lima")
+    with pytest.raises(DataError, match=r"write prompts=\['Peru:'\]"):
+        attributor(story).generate("Peru:")
+
+
+@pytest.mark.parametrize("ask", ["scores", "attribute", "plan"])
+@pytest.mark.parametrize("given", ["Peru: Lima", ["Peru: Lima"]])
+def test_text_where_queries_are_asked_for(story, ask, given):
+    with pytest.raises(DataError, match=r"queries is a (str|list).*Queries.from_text"):
+        getattr(attributor(story), ask)(None, given, "sft")
+    with pytest.raises(DataError, match=r"queries is a (str|list).*Queries.from_text"):
+        attributor(story).top(given)
+
+
+@pytest.mark.parametrize("given", ["facts.jsonl", DatasetDict(train=facts()), ASKED])
+def test_something_else_where_a_dataset_is_asked_for(story, given):
+    with pytest.raises(DataError, match="not a dataset: .*None for the rows in the record"):
+        attributor(story).scores(given, ASKED, "pretrain")
+
+
+def test_raw_rows_as_queries(story):
+    with pytest.raises(DataError, match=r"have \['label_of_mine', 'text'\], not `input_ids`.*Queries.from_text"):
+        attributor(story).scores(None, Queries.from_rows(facts()), "sft")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"dtype": "float32"}, "dtype='float32'.*torch.float32"),
+        ({"dtype": torch.float16}, "dtype=torch.float16.*torch.float32"),
+        ({"seed": -1}, "seed=-1 must not be negative"),
+    ],
+)
+def test_settings_that_cannot_be(story, settings, said):
+    with pytest.raises(ConfigError, match=said):
+        attributor(story, **settings)
+
+
+def test_numbers_that_cannot_be(story):
+    with pytest.raises(ConfigError, match="k=0"):
+        attributor(story).top(ASKED, k=0)
+    with pytest.raises(ConfigError, match="max_new_tokens=0"):
+        attributor(story).generate(["Peru:"], max_new_tokens=0)
+
+
+def test_one_stage_needs_no_list(story, tmp_path):
+    asked = attributor(story, method="grad-dot")
+    assert set(asked.top(ASKED, k=1, stages="sft")["stage"]) == {"sft"}
+    asked.save(tmp_path / "shared", ASKED, "sft")
+    names = {path.name.split("-")[0] for path in (tmp_path / "shared").rglob("*.parquet")}
+    assert "sft" in names and "pretrain" not in names
