@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .cli_ask import ask_app
 from .cli_errors import friendly_errors
 from .cli_evaluate import evaluate
 from .cli_experiment import experiment_app
@@ -54,8 +55,8 @@ app = typer.Typer(
     help="Which training rows made the model say this, and in which stage?\n\n"
     "Start with `hf-source demo`. For your own model: `train` (or SourceTrainer in Python) leaves a training record; "
     "`generate` lets the model speak and writes queries; `plan` tells the cost; `attribute` writes the scores as "
-    "columns of the dataset; `top` shows the rows that matter; `report` writes a page; `explore` opens an "
-    "app; `push` shares scores on the Hub.",
+    "columns of the dataset; `top` shows the rows that matter; `ask` answers what people ask of them; `report` writes "
+    "a page; `explore` opens an app; `push` shares scores on the Hub.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -63,6 +64,7 @@ app = typer.Typer(
 )
 app.add_typer(record_app, name="record")
 app.add_typer(experiment_app, name="experiment")
+app.add_typer(ask_app, name="ask")
 app.command()(evaluate)
 app.command()(push)
 app.command()(report)

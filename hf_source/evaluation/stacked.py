@@ -21,16 +21,17 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..attribution.changed import replaced
 from ..attribution.queries import Queries
 from ..data import IGNORE_INDEX
-from ..errors import ConfigError, UnsupportedError
+from ..errors import ConfigError, DataError, UnsupportedError
 from ..gradients import CausalLMTask, RowLossTask, Seq2SeqTask, Task, task_for
 from ..logs import get_logger
 from ..recording import StageRecord, TrainingRecord
 from ..recording.reading.assumed import require_recorded_visits
 from ..recording.rows.matching import match_rows
 from .cache import RetrainingCache
-from .identity import describe, queries_digest, record_digest
+from .identity import describe, digest, queries_digest, record_digest
 from .protocol import checked_keep
 from .reorder import fresh_weights, reordered
 from .retraining import losses_of, retrain
@@ -63,6 +64,7 @@ class StackedRetraining:
         dtype: of training.
         cache: where finished retrainings are kept: a `RetrainingCache`, a folder, or by default the record's.
         progress: show a bar.
+        changed: row number -> tokenised row of the stage to train on instead (`hf_source.attribution.changed_rows`).
 
     Raises:
         UnsupportedError: if the record does not say which row was trained on when, or a later stage does not go on
@@ -86,6 +88,7 @@ class StackedRetraining:
         dtype: torch.dtype = torch.float32,
         cache: RetrainingCache | str | Path | None = None,
         progress: bool = True,
+        changed: Mapping[int, Mapping[str, Any]] | None = None,
     ) -> None:
         record.require_complete()
         self.record = record
@@ -119,6 +122,9 @@ class StackedRetraining:
             own.name: RowsByNumber(own, (datasets or {}).get(own.name), record.processing_class(), data_collator)
             for own in self.stages
         }
+        self._changed = digest(sorted(changed.items())) if changed else ""
+        if changed:
+            self._rows[self.stage.name].replace(changed)
 
     def settings(self) -> dict[str, Any]:
         """What the losses depend on."""
@@ -132,12 +138,31 @@ class StackedRetraining:
             "data_collator": describe(self.data_collator),
             "fresh": self.fresh,
             "dtype": str(self.dtype),
+            **({"changed": self._changed} if self._changed else {}),
         }
 
     def losses(self, keep: np.ndarray, seed: int | None = None) -> np.ndarray:
         """See `Retraining.losses`."""
         keep = checked_keep(keep, self.num_rows)
         return self.cache.fill(self.settings(), keep, seed, self.num_queries, self._train)
+
+    def weighted_losses(self, weights: np.ndarray, seed: int | None = None) -> np.ndarray:
+        """Losses after training with a weight of its own for each row; what `losses` does with 0 and 1. Not kept.
+
+        Args:
+            weights: float `[copies, rows]` by row number: 0 leaves a row out, 2 counts its gradient twice. Batches are
+                divided by the recorded items, whatever the weights.
+            seed: see `Retraining.losses`.
+
+        Returns:
+            float64 `[copies, queries]`.
+        """
+        weights = np.asarray(weights, dtype=np.float64)
+        if weights.ndim != 2 or weights.shape[1] != self.num_rows or not np.isfinite(weights).all():
+            raise DataError(
+                f"weights must be finite numbers [copies, {self.num_rows}]; their shape is {weights.shape}."
+            )
+        return np.concatenate([losses for _, losses in self._train(weights, seed)])
 
     @property
     def at_once(self) -> int:
@@ -189,6 +214,10 @@ class RowsByNumber(Sequence):
         self.stage, self.dataset, self.numbers = stage, matched.dataset.with_format(None), matched.numbers
         self._place = {int(number): place for place, number in enumerate(matched.numbers)}
 
+    def replace(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
+        """Put others in the place of some rows, by number."""
+        self.dataset, self._place = replaced(self.dataset, self._place, rows)
+
     def __len__(self) -> int:
         return self.stage.num_rows
 
@@ -198,8 +227,8 @@ class RowsByNumber(Sequence):
     def counts(self, count: Callable[[Mapping[str, Any]], int]) -> np.ndarray:
         """Something counted of every row, int64 `[rows]`; 0 where there is none."""
         counts = np.zeros(len(self), dtype=np.int64)
-        for number, row in zip(self.numbers, self.dataset, strict=True):
-            counts[number] = count(row)
+        for number in self.numbers:
+            counts[number] = count(self[int(number)])
         return counts
 
 

@@ -205,7 +205,7 @@ def test_python_blocks_fit_the_library(text):
     known = {"Queries": SourceAttributor.__init__.__globals__["Queries"], "SourceAttributor": SourceAttributor}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "hf_source":
-            known |= {alias.name: getattr(import_module(node.module), alias.name) for alias in node.names}
+            known |= {alias.name: imported(node.module, alias.name) for alias in node.names}
     for node in ast.walk(tree):
         called = called_by(node, known) if isinstance(node, ast.Call) else None
         if called is None:
@@ -217,6 +217,12 @@ def test_python_blocks_fit_the_library(text):
             taken = inspect.signature(called).parameters
             open_ended = any(each.kind is each.VAR_KEYWORD for each in taken.values())
             assert open_ended or keywords <= set(taken), f"{ast.unparse(node)}: {keywords - set(taken)}"
+
+
+def imported(module: str, name: str):
+    """What `from module import name` gives: an attribute, or a module of the package."""
+    found = import_module(module)
+    return getattr(found, name) if hasattr(found, name) else import_module(f"{module}.{name}")
 
 
 def called_by(node: ast.Call, known: dict):
