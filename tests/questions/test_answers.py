@@ -14,6 +14,7 @@
 """What an answer shows, what it writes, how far it says to trust it, and the commands."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from hf_source.errors import ConfigError
 from hf_source.evaluation import evaluate
 from hf_source.questions import Answer, Check
 
-from .conftest import PROMPTS, RIGHT, WRONG
+from .conftest import PROMPTS, RIGHT, WRONG, rows
 
 
 HOSTILE = "\x1b[31m<script>alert(1)</script> | [x](javascript:1)\n# head"
@@ -69,8 +70,11 @@ def test_a_check_has_figures():
     assert "predicted +1.500, measured -1.500" in str(few)
 
 
-def test_trust_says_what_was_measured(told, attributor, queries):
-    """In this order: a figure stays beside the record from here on."""
+def test_trust_says_what_was_measured(told, queries, tmp_path):
+    """On a copy of the record, as a figure stays beside it."""
+    path = shutil.copytree(told.path, tmp_path / "record")
+    attributor = SourceAttributor.from_record(path, num_samples=32, progress=False)
+    attributor.set_dataset(None, rows())
     before = questions.trust(attributor)
     assert len(before.table) == 0 and "Nobody has measured" in before.trust
     evaluate(attributor, queries, num_subsets=4, fraction=0.2, progress=False)
