@@ -29,25 +29,33 @@ Two sets of rows: `wiki`, beginnings of Wikipedia summaries (32 tokens), and `fa
 Lines of `source` take gradients at the segments' average weights (`fast-source`), but for the one with checkpoints.
 `5 products` is conjugate gradient with so many products with the Gauss-Newton matrix of all rows.
 
-`exact derivative` is the directional derivative of the very same training (moments, clipping and all): what any
-first-order method could reach at most.
+`unrolled` is the exact derivative by rows; `exact derivative` that towards each subset's removal, of the very same
+training (moments, clipping and all): what any first-order method could reach at most.
+
+Every method runs in a process of its own, on one thread. `passes` counts the tokens that go forward through the model,
+in units of all rows' tokens (queries and padding included; a batch of copies inside `torch.func` counts once);
+`memory_mb` is the peak above what the imports take.
 """
 
 import argparse
 import copy
 import importlib.util
 import json
+import multiprocessing
 import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import results_file
 import torch
 import transformers
 from datasets import Dataset
+from peers.measured import cost_of
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from hf_source import Queries, SourceAttributor, SourceConfig, SourceTrainer, TrainingRecord
@@ -88,6 +96,7 @@ METHODS = {
     "source joint, 2 checkpoints": {"method": "source"},
     "stepwise, 4 draws": {"method": "stepwise", "draws": 4},
     "stepwise, 16 draws": {"method": "stepwise", "draws": 16},
+    "unrolled": {"method": "unrolled"},
     "influence ekfac, 5 products": {"method": "influence", "curvature": "ekfac", "solver": "cg", "iterations": 5},
     "influence joint, 5 products": {"method": "influence", "curvature": "joint", "solver": "cg", "iterations": 5},
 }
@@ -201,8 +210,8 @@ def run(kind: str, options: argparse.Namespace, folder: Path, results: dict, sav
     removed = removal_masks(NUM_ROWS, NUM_SUBSETS, FRACTION)
     losses = ground_truth(record, queries, removed)
 
-    def note(label: str, scores: np.ndarray, of: np.ndarray, start: float) -> None:
-        results[label] = entry(scores, of, losses, time.perf_counter() - start)
+    def note(label: str, scores: np.ndarray, of: np.ndarray, cost: dict[str, float]) -> None:
+        results[label] = entry(scores, of, losses, cost.pop("seconds")) | cost
         save()
         print(kind, label, results[label], flush=True)  # noqa: T201
 
@@ -213,22 +222,38 @@ def run(kind: str, options: argparse.Namespace, folder: Path, results: dict, sav
             if number != segments[0] and name != "source joint":
                 continue
             for size in SIZES if name == "source joint" else (1024,):
-                start = time.perf_counter()
-                attributor = SourceAttributor(
-                    recorded,
-                    num_samples=size,
-                    memory_budget=2**32,
-                    progress=False,
-                    **({"method": "fast-source"} | settings),
-                )
                 label = name if not name.startswith("source") else f"{name}, L={number}, n={size}"
-                note(label, attributor.scores(None, queries), removed, start)
+                scores, cost = apart(attributed, recorded.path, kind, settings | {"num_samples": size})
+                note(label, scores, removed, cost)
     if not any(text in "exact derivative" for text in options.only):
         return
     start = time.perf_counter()
     slopes = derivative(record, queries, removed)
     # The derivative is one number per subset, not per row: correlate it as it is.
-    note("exact derivative", slopes.T, np.eye(NUM_SUBSETS, dtype=bool), start)
+    note("exact derivative", slopes.T, np.eye(NUM_SUBSETS, dtype=bool), {"seconds": time.perf_counter() - start})
+
+
+def apart(function: Callable, *arguments: Any) -> Any:
+    """What a function returns in a new process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def attributed(path: Path, kind: str, settings: dict[str, Any]) -> tuple[np.ndarray, dict[str, float]]:
+    """Scores of a run's rows, and what they cost."""
+    torch.set_num_threads(1)
+    record = TrainingRecord.load(path)
+    tokenizer = record.processing_class()
+    queries = Queries.from_text(*zip(*texts(kind)[2], strict=True)).encode(tokenizer)
+    settings = {"method": "fast-source", "memory_budget": 2**32, "progress": False} | settings
+    scores, cost = cost_of(lambda: SourceAttributor(record, **settings).scores(None, queries), len(tokenizer))
+    tokens = sum(map(len, record.stages[0].rows()["input_ids"]))
+    return scores, {
+        "seconds": cost["seconds"],
+        "cpu_seconds": round(cost["cpu_seconds"], 1),
+        "memory_mb": round(cost["memory"] / 1e6),
+        "passes": round(cost["tokens"] / tokens, 1),
+    }
 
 
 def main() -> None:

@@ -146,30 +146,41 @@ def _populate() -> None:
             libc.madvise(start, end - start, populate_read)
 
 
+def cost_of(call: Callable[[], np.ndarray], vocabulary: int) -> tuple[np.ndarray, dict[str, float]]:
+    """Call something, in a process that has done little else.
+
+    Args:
+        call: gives scores.
+        vocabulary: of the model, whose embedding's tokens are counted.
+
+    Returns:
+        The scores, and `seconds` of the clock, `cpu_seconds` of the processor, `memory` (bytes at the peak, above
+        those before the call) and `tokens` that went through the model.
+    """
+    passes = Passes(vocabulary)
+    gc.collect()
+    _populate()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak of the imports
+    before, start, used = _memory("VmRSS"), time.perf_counter(), time.process_time()
+    scores = np.asarray(call())
+    seconds, used = time.perf_counter() - start, time.process_time() - used
+    peak = _memory("VmHWM")
+    passes.handle.remove()
+    return scores, {"seconds": seconds, "cpu_seconds": used, "memory": peak - before, "tokens": passes.tokens}
+
+
 def _measure(method: Method, export: Export, work: Path) -> dict[str, Any]:
     """Run a method here and write its scores."""
     work.mkdir(parents=True)
     os.chdir(work)
     torch.manual_seed(0)
-    passes = Passes(export.about["vocab_size"])
-    gc.collect()
-    _populate()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak of the imports
-    before, start, used = _memory("VmRSS"), time.perf_counter(), time.process_time()
-    scores = np.asarray(method(export, work), dtype=np.float64)
-    seconds, used = time.perf_counter() - start, time.process_time() - used
-    peak, written = _memory("VmHWM"), _size(work)
+    scores, cost = cost_of(lambda: method(export, work), export.about["vocab_size"])
+    written = _size(work)
     expected = (export.about["num_queries"], export.about["num_rows"])
     if scores.shape != expected or not np.isfinite(scores).all():
         raise ValueError(f"scores of shape {scores.shape} (expected {expected}), or not finite")
-    np.save(work / "scores.npy", scores)
-    return {
-        "seconds": seconds,
-        "cpu_seconds": used,
-        "memory": peak - before,
-        "disk": written,
-        "passes": passes.tokens / export.about["num_tokens"],
-    }
+    np.save(work / "scores.npy", scores.astype(np.float64))
+    return cost | {"disk": written, "passes": cost.pop("tokens") / export.about["num_tokens"]}
 
 
 def _forked(method: Method, export: Export, work: Path) -> dict[str, Any]:
