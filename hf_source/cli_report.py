@@ -57,6 +57,10 @@ def report(
     scores: Annotated[
         bool, typer.Option("--scores", help="RUN holds scores (`push`, `save`) rather than a record.")
     ] = False,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(help="Also log figures and rows to tensorboard, wandb, trackio, ...; repeatable."),
+    ] = None,
     method: MethodOption = None,
     curvature: CurvatureOption = None,
     num_samples: NumSamples = None,
@@ -72,13 +76,18 @@ def report(
         if out.suffix != ".html":
             raise ConfigError(f"--out {out}: end the name in .html.")
         if scores or (Path(run).expanduser() / "attribution.json").is_file():
-            _of_scores(run, out, title, column, {"--queries": queries, "--prompt": prompt, "--stage": stage})
+            asking = {"--queries": queries, "--prompt": prompt, "--stage": stage, "--report-to": report_to}
+            _of_scores(run, out, title, column, asking)
         else:
             from .cli import _queries
 
             attributor = attributor_of(run, recipe, settings, dataset, method, curvature, num_samples)
             asked = _queries(attributor, queries, prompt, completion, max_new_tokens)
             attributor.report(out, asked, stage, k, title=title, columns=column, shaded=shaded)
+            if report_to:
+                from .outputs.logged import log_attribution
+
+                log_attribution(attributor, report_to, output_dir=out.parent)
         typer.echo(f"Wrote {out}.")
 
 

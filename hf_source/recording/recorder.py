@@ -194,6 +194,17 @@ class StageRecorder:
         self.writer.stage["status"] = "complete"
         self.flush()
 
+    def figures(self) -> dict[str, int]:
+        """What there is to say of the record among a run's metrics, after the last step of training."""
+        rows = self.writer.stage["dataset"]["num_rows"] if self.streamed is None else self.streamed.num_rows
+        shapes = (info["shape"] for info in self.writer.stage["trainable"].values())
+        return {
+            "record_steps": self.step,
+            "record_segments": sum(start < self.step for start in self.segment_starts),
+            "record_rows": rows,
+            "record_trained_parameters": sum(map(math.prod, shapes)),
+        }
+
     def save_sidecar(self, folder: Path) -> None:
         """Write to a checkpoint folder what resuming from it needs."""
         self.flush()

@@ -267,6 +267,12 @@ class RecordingMixin:
 
     # ---- Start, checkpoint, end ----
 
+    def log(self, logs, *args, **kwargs):
+        """The parent's. A training's last entry, which goes where `report_to` says, has the record's figures too."""
+        if self._recorder is not None and "train_runtime" in logs:
+            logs = {**logs, **self._recorder.figures()}
+        super().log(logs, *args, **kwargs)
+
     def train(self, resume_from_checkpoint=None, trial=None, **kwargs):
         """The parent's, recorded. See `Trainer.train`; resuming continues the record as well."""
         processes = self._processes = Processes()

@@ -1,0 +1,114 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Figures and tables of attributions where a run's metrics are: TensorBoard, Weights & Biases, Trackio, ...
+
+They go through the callbacks that transformers has for `report_to`, which know how to reach each of these.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..attribution.queries import Queries
+from ..errors import ConfigError
+from .attribution_card import markdown
+from .attribution_files import Attribution
+from .groups import group_of
+
+
+if TYPE_CHECKING:
+    from ..attribution.attributor import SourceAttributor
+
+
+def log_attribution(
+    attribution: "Attribution | SourceAttributor",
+    report_to: str | TrainerCallback | Sequence[str | TrainerCallback] = "all",
+    *,
+    output_dir: str | Path = "out",
+    step: int = 0,
+    queries: Queries | None = None,
+) -> dict[str, Any]:
+    """Log what an attribution found: sums and largest scores of every stage, and a table of the strongest rows.
+
+    Args:
+        attribution: scores, or an attributor that has some.
+        report_to: `"tensorboard"`, `"wandb"`, `"trackio"`, ... as in `TrainingArguments`, several of them, or
+            callbacks of one's own. Rows and answers are sent along as text.
+        output_dir: of the run; TensorBoard's files go to a folder in it.
+        step: that the entries are logged at.
+        queries: of an attributor; by default those last attributed.
+
+    Returns:
+        What was logged: name -> number, or Markdown table.
+
+    Raises:
+        ConfigError: if an integration is unknown or not installed.
+    """
+    if not isinstance(attribution, Attribution):
+        from .sharing import collect
+
+        attribution = collect(attribution, queries)
+    logs = {**dict(_figures(attribution)), **dict(_tables(attribution))}
+    args = TrainingArguments(output_dir=str(output_dir), report_to="none")
+    state, control = TrainerState(global_step=step), TrainerControl()
+    for callback in _callbacks(report_to):
+        callback.on_train_begin(args, state, control)
+        callback.on_log(args, state, control, logs=dict(logs))
+        callback.on_train_end(args, state, control)
+    return logs
+
+
+def _callbacks(report_to: str | TrainerCallback | Sequence[str | TrainerCallback]) -> list[TrainerCallback]:
+    from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+
+    given = [report_to] if isinstance(report_to, (str, TrainerCallback)) else list(report_to)
+    found: list[TrainerCallback] = []
+    for each in given:
+        if not isinstance(each, str):
+            found.append(each)
+            continue
+        try:
+            found += [kind() for kind in get_reporting_integration_callbacks(each)]
+        except (ValueError, RuntimeError) as error:  # unknown, or not installed
+            installed = ", ".join(get_available_reporting_integrations()) or "none"
+            raise ConfigError(
+                f"report_to={each!r} cannot be used ({error}): install it, or choose one that is there ({installed})."
+            ) from error
+    return found
+
+
+def _figures(attribution: Attribution) -> Iterator[tuple[str, float]]:
+    for stage in attribution.stages:
+        for name, scores in zip(attribution.queries.names, attribution.scores(stage), strict=True):
+            group = group_of(stage, scores)
+            start = f"source/{name}/{stage}"
+            yield f"{start}/sum", group.net
+            yield f"{start}/supporting", group.supporting
+            yield f"{start}/opposing", group.opposing
+            yield f"{start}/largest", float(scores.max(initial=0.0))
+            yield f"{start}/smallest", float(scores.min(initial=0.0))
+
+
+def _tables(attribution: Attribution) -> Iterator[tuple[str, str]]:
+    """A Markdown table for every answer, of which no text is taken for markup."""
+    for name, prompt, completion in attribution.queries:
+        lines = [f"{markdown(prompt, 500)} **{markdown(completion, 500)}**", "", "| score | stage | row | text |"]
+        lines.append("|---:|---|---:|---|")
+        for row in attribution.top:
+            if row["query"] == name:
+                text = markdown(row["text"] or "", 300)
+                lines.append(f"| {row['score']:+.4f} | {markdown(row['stage'])} | {row['row']} | {text} |")
+        yield f"source/{name}/rows", "\n".join([*lines, "", markdown(attribution.trust or "", 2000)]).strip()
