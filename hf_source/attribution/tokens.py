@@ -184,6 +184,8 @@ def _refuse(attributor: "SourceAttributor", queries: Queries) -> None:
         reason = f"method={attributor.method!r} scores rows as a whole: use 'source' or 'fast-source'"
     elif attributor.ensemble is not None:
         reason = "an ensemble scores rows as a whole: use one of its records alone"
+    elif attributor.index is not None:
+        reason = "an index keeps rows as a whole: open the record without it"
     elif "measurement" in attributor.settings():
         reason = "a measurement other than the loss is no sum over tokens: leave `measurement=` out"
     elif queries.are_rows or attributor.processing_class is None:

@@ -109,3 +109,10 @@ def test_what_has_no_tokens_is_refused(asked, settings, reason):
     attributor, queries, top = asked
     with pytest.raises(UnsupportedError, match=reason):
         token_influence(attributor.like(**settings), queries, top)
+
+
+def test_an_index_has_no_tokens(asked, tmp_path):
+    attributor, queries, top = asked
+    indexed = attributor.like(index=attributor.build_index(tmp_path / "index"))
+    with pytest.raises(UnsupportedError, match="an index keeps rows as a whole"):
+        token_influence(indexed, queries, top)
