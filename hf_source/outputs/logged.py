@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.state import AcceleratorState, PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..attribution.queries import Queries
@@ -62,13 +63,25 @@ def log_attribution(
 
         attribution = collect(attribution, queries)
     logs = {**dict(_figures(attribution)), **dict(_tables(attribution))}
-    args = TrainingArguments(output_dir=str(output_dir), report_to="none")
+    args = _arguments(output_dir)
     state, control = TrainerState(global_step=step), TrainerControl()
     for callback in _callbacks(report_to):
         callback.on_train_begin(args, state, control)
         callback.on_log(args, state, control, logs=dict(logs))
         callback.on_train_end(args, state, control)
     return logs
+
+
+def _arguments(output_dir: str | Path) -> TrainingArguments:
+    """What callbacks ask about a run. To make them resets Accelerate, on which attributors go on to rely."""
+    kept = [(kind, dict(kind._shared_state)) for kind in (PartialState, AcceleratorState)]
+    try:
+        return TrainingArguments(output_dir=str(output_dir), report_to="none")
+    finally:
+        for kind, state in kept:
+            if state:
+                kind._shared_state.clear()
+                kind._shared_state.update(state)
 
 
 def _callbacks(report_to: str | TrainerCallback | Sequence[str | TrainerCallback]) -> list[TrainerCallback]:

@@ -91,6 +91,13 @@ def test_tensorboard(attributor, tmp_path):
     assert texts["train/source/q0/rows/text_summary"] == logs["source/q0/rows"]
 
 
+def test_an_attributor_goes_on_after_logging(attributor):
+    attributor.top(Queries.from_text(["Peru:"], [" Lima"]))
+    log_attribution(attributor, Heard())
+    assert attributor.accelerator.num_processes == 1 and attributor.accelerator.is_main_process
+    assert attributor.scores(None, Queries.from_text(["Cuba:"], [" Havana"]), "sft").shape == (1, 4)
+
+
 def test_a_training_reports_its_record(tmp_path):
     """In the entry that ends a training, before integrations close their runs."""
     settings = {"report_to": ["tensorboard"], "max_steps": 5, "num_segments": 2, "logging_strategy": "steps"}
