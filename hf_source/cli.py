@@ -24,6 +24,7 @@ from .cli_errors import friendly_errors
 from .cli_evaluate import evaluate
 from .cli_experiment import experiment_app
 from .cli_explore import explore
+from .cli_index import index
 from .cli_options import (
     SAMPLES_HELP,
     Completions,
@@ -33,6 +34,7 @@ from .cli_options import (
     Ensemble,
     EnsembleName,
     EnsembleSize,
+    Index,
     MaxNewTokens,
     Method,
     MethodOption,
@@ -56,7 +58,7 @@ app = typer.Typer(
     "Start with `hf-source demo`. For your own model: `train` (or SourceTrainer in Python) leaves a training record; "
     "`generate` lets the model speak and writes queries; `plan` tells the cost; `attribute` writes the scores as "
     "columns of the dataset; `top` shows the rows that matter; `ask` answers what people ask of them; `report` writes "
-    "a page; `explore` opens an app; `push` shares scores on the Hub.",
+    "a page; `explore` opens an app; `index` makes the next question cheap; `push` shares scores on the Hub.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -66,6 +68,7 @@ app.add_typer(record_app, name="record")
 app.add_typer(experiment_app, name="experiment")
 app.add_typer(ask_app, name="ask")
 app.command()(evaluate)
+app.command()(index)
 app.command()(push)
 app.command()(report)
 app.command()(explore)
@@ -191,6 +194,7 @@ def attribute(
     run: Runs = None,
     ensemble: Ensemble = None,
     ensemble_size: EnsembleSize = None,
+    index: Index = None,
     max_new_tokens: MaxNewTokens = 32,
     std: Annotated[bool, typer.Option("--std", help="Also say how far an ensemble's members differ.")] = False,
     recipe: Recipe = None,
@@ -198,7 +202,7 @@ def attribute(
 ) -> None:
     """Score every row of a stage, and write the rows with one column per query."""
     with friendly_errors():
-        named = _named(method, curvature, num_samples, ensemble, ensemble_size)
+        named = _named(method, curvature, num_samples, ensemble, ensemble_size, index)
         writers = {".parquet": "to_parquet", ".csv": "to_csv", ".jsonl": "to_json"}
         if out.suffix not in writers:
             raise ConfigError(f"--out {out}: end the name in {', '.join(writers)}.")
@@ -229,13 +233,21 @@ def top(
     run: Runs = None,
     ensemble: Ensemble = None,
     ensemble_size: EnsembleSize = None,
+    index: Index = None,
+    filter: Annotated[
+        str | None,
+        typer.Option(
+            help="Score only rows that a cheap method (bm25), or an index (folder or id), proposes.", metavar="FILTER"
+        ),
+    ] = None,
+    candidates: Annotated[int, typer.Option(help="Rows that --filter proposes per query and stage.")] = 1000,
     max_new_tokens: MaxNewTokens = 32,
     recipe: Recipe = None,
     settings: Settings = None,
 ) -> None:
     """Show the rows of every stage that support or oppose what was said most."""
     with friendly_errors():
-        named = _named(method, curvature, num_samples, ensemble, ensemble_size)
+        named = _named(method, curvature, num_samples, ensemble, ensemble_size, index)
         from rich.console import Console
 
         from .attribution.methods import METHODS
@@ -244,9 +256,11 @@ def top(
 
         attributor = _attributor([record, *(run or [])], recipe, settings, named)
         asked = _queries(attributor, queries, prompt, completion, max_new_tokens)
-        table = attributor.top(asked, k=k, opposing=opposing)
+        table = attributor.top(asked, k=k, opposing=opposing, filter=filter, candidates=candidates)
         unit = "nats" if METHODS[attributor.method].nats else ""
         print_top(Console(), asked, table, unit)
+        if (filter is not None or attributor.index is not None) and table.info.description:
+            typer.echo(table.info.description)
         if out is not None:
             write_page(out, f"Attribution from {record}", asked, table, unit=unit)
             typer.echo(f"Wrote {out}.")
@@ -258,10 +272,11 @@ def _named(
     num_samples: int | None,
     ensemble: EnsembleName | None = None,
     ensemble_size: int | None = None,
+    index: str | None = None,
 ) -> dict[str, Any]:
     """The options that were given."""
     named = {"method": method and method.value, "curvature": curvature and curvature.value, "num_samples": num_samples}
-    named |= {"ensemble": ensemble and ensemble.value, "ensemble_size": ensemble_size}
+    named |= {"ensemble": ensemble and ensemble.value, "ensemble_size": ensemble_size, "index": index}
     return {key: value for key, value in named.items() if value is not None}
 
 
@@ -285,7 +300,7 @@ def _attributor(records: list[str], recipe: Path | None, overrides: list[str] | 
     own = [field for owner in (method, ensemble) if owner is not None for field in fields(owner.options)]
     examples = {field.name: field.metadata.get("example", field.default) for field in own}
     known |= {name: example for name, example in examples.items() if isinstance(example, (str, int, float))}
-    known |= {"ensemble": "dropout", "ensemble_size": 10}
+    known |= {"ensemble": "dropout", "ensemble_size": 10, "index": "runs/capitals-index"}
     for key, value in settings.items():
         if key not in known:
             raise ConfigError(

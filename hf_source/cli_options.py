@@ -100,6 +100,10 @@ CurvatureOption = Annotated[
 ]
 SAMPLES_HELP = "Sampled gradients per segment: accuracy against time and memory."
 NumSamples = Annotated[int | None, typer.Option(help=SAMPLES_HELP, show_default="1024")]
+Index = Annotated[
+    str | None,
+    typer.Option("--index", help="Answer from an index (`hf-source index`): its folder, or its id on the Hub."),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", help="Any other setting of SourceAttributor as key=value, e.g. seed=1; repeatable."),

@@ -29,7 +29,8 @@ from .cases import byte_tokenizer
 from .story import chats, facts, tell
 
 
-COMMANDS = ("demo", "train", "generate", "plan", "attribute", "top", "report", "explore", "push", "evaluate", "record",
+COMMANDS = ("demo", "train", "generate", "plan", "attribute", "top", "report", "explore", "index", "push", "evaluate",
+            "record",
             "experiment")  # fmt: skip
 FEW = ["--num-samples", "16"]
 ASKED = ["--prompt", "Peru:", "--completion", " Lima"]

@@ -37,6 +37,7 @@ from ..recording.reading.assumed import visits_note
 from ..source import WalkSettings
 from .alone import final_losses, own_influence
 from .ensembles import ENSEMBLES, check_agreement, make_ensemble, split_settings
+from .filtered import filtered_top
 from .generation import complete, prompt_text
 from .methods import METHODS
 from .plan import Plan, make_plan
@@ -208,6 +209,8 @@ class SourceAttributor(RunReader):
         same = changes.get("method", self.method) == self.method
         own = {field.name: getattr(self.options, field.name) for field in fields(self.options)} if same else {}
         given = {"method": self.method, "datasets": self._datasets, **self._given, **own}
+        if same and "method" not in changes:
+            given["index"] = self.index
         records = self.record if self.ensemble is None else self.ensemble.records
         if self.ensemble is not None and changes.get("ensemble", self.ensemble.name) == self.ensemble.name:
             given |= self.ensemble.settings()
@@ -467,7 +470,13 @@ class SourceAttributor(RunReader):
         return with_note(columns, self._notes([record.name]))
 
     def top(
-        self, queries: Queries, k: int = 10, opposing: bool = True, stages: Iterable[str] | None = None
+        self,
+        queries: Queries,
+        k: int = 10,
+        opposing: bool = True,
+        stages: Iterable[str] | None = None,
+        filter: "str | Path | SourceAttributor | None" = None,
+        candidates: int = 1000,
     ) -> Dataset:
         """The rows of every stage that say most about each query, as one long table.
 
@@ -476,18 +485,24 @@ class SourceAttributor(RunReader):
             k: supporting rows (ranks 1 to k) per query and stage.
             opposing: also the k most opposing ones (ranks -1 to -k).
             stages: names of the stages wanted; all by default.
+            filter: score only rows that a cheaper method proposes, for very large sets (see `filtered.py`): the name
+                of a method such as `"bm25"`, an index (folder or id on the Hub), or an attributor of the same record.
+            candidates: rows that the filter proposes per query and stage.
 
         Returns:
             Columns `query`, `stage`, `row`, `rank`, `score`, `text`. Its `info.description` says on what assumption
-            the scores rest, if any, and how far to trust them, if that was evaluated (`trust`).
+            the scores rest, if any, and how far to trust them, if that was evaluated (`trust`). With a filter it says
+            what share of the best rows the filter is likely to have proposed.
 
         Raises:
-            ConfigError: if `k` is not positive.
+            ConfigError: if `k` is not positive, or the filter or the number of candidates makes no sense.
         """
         if k < 1:
             raise ConfigError(f"k={k}: ask for at least one row.")
         named = [stages] if isinstance(stages, str) else stages
         wanted = [self.record.stage(name) for name in (named or [stage.name for stage in self.record.stages])]
+        if filter is not None:
+            return filtered_top(self, self.encode(queries), k, opposing, wanted, filter, candidates)
         parts = []
         for stage in wanted:
             rows = self.rows(stage)

@@ -81,7 +81,7 @@ def build_index(
     if main:
         asked = coordinates.of_queries(checks).cpu().numpy()
         stages = _measured(attributor, folder, files, asked)
-        model = {"parameters": model_digest(gradients), "names": list(gradients.parameters)}
+        model = {"parameters": model_digest(responses.final()), "names": list(gradients.parameters)}
         finish(folder, {**content, "hf_source": __version__, "model": model, "stages": stages})
     attributor.accelerator.wait_for_everyone()
     return folder

@@ -18,14 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..errors import ConfigError, DataError
-from ..gradients import RowGradients
+from ..gradients import CausalLMTask, RowGradients
 from ..recording.digest import record_digest
 from .accuracy import accuracy_note
-from .build import METHODS
+from .build import METHODS, model_digest
 from .coordinates import Coordinates
 from .files import COORDINATES, open_folder, read_rows, read_tensors, verified
+from .sharing import push_index
 
 
 if TYPE_CHECKING:
@@ -98,6 +100,64 @@ class SourceIndex:
         if self._coordinates is None:
             self._coordinates = Coordinates.load(read_tensors(self._file(COORDINATES)))
         return self._coordinates
+
+    def ask(self, model: nn.Module, processing_class: Any, queries: "Queries", stage: str | None = None) -> np.ndarray:
+        """Scores for people who have the model and the dataset, but not the record.
+
+        Args:
+            model: the causal language model at its final weights; its parameters must be those that were indexed.
+            processing_class: its tokenizer.
+            queries: texts, or tokenised.
+            stage: see `scores`.
+
+        Returns:
+            float32 `[queries, rows]`, in the order that the rows were numbered in training.
+
+        Raises:
+            DataError: if it is another model, or a query cannot be used.
+        """
+        names = self.content["model"]["names"]
+        gradients = RowGradients(model, CausalLMTask(), names)
+        if model_digest(gradients) != self.content["model"]["parameters"]:
+            raise DataError(
+                "The model's parameters are not those that the index was built with: load the final weights of the "
+                "recorded training, in float32."
+            )
+        rows = queries.encode(processing_class, getattr(model.config, "max_position_embeddings", None)).rows
+        device, collator = next(model.parameters()).device, CausalLMTask().collator(processing_class)
+        batches = [{key: value.to(device) for key, value in collator([row]).items()} for row in rows]
+        gradients.check(batches[0])
+        found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        for batch in batches:
+            for name, _, grads in gradients.blocks(gradients.run(batch)):
+                found[name].append(grads)
+        return self.scores({name: torch.cat(grads) for name, grads in found.items()}, stage)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = True,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload index",
+    ) -> str:
+        """Publish the index as a dataset repository, in one commit; `SourceIndex.load(repo_id)` reads it.
+
+        Args:
+            repo_id: `"user/name"`; made if it does not exist.
+            private: it holds compressed gradients of the rows, from which something of them may be told: private by
+                default.
+            token, revision, commit_message: as `SourceAttributor.push_to_hub` has them.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            ConfigError: if a repository that is to be private exists and is public.
+            DataError: if a file is torn, or the Hub refuses.
+        """
+        return push_index(self, repo_id, private, token, revision, commit_message)
 
     def scores(self, vectors: dict[str, torch.Tensor], stage: str | None = None) -> np.ndarray:
         """Scores of a stage's rows.

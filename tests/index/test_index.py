@@ -24,9 +24,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from scipy.stats import spearmanr
+from typer.testing import CliRunner
 
 from hf_source import Queries, SourceAttributor, SourceIndex
+from hf_source.cli import app
 from hf_source.errors import ConfigError, DataError, UnsupportedError
 from hf_source.index import files
 
@@ -258,3 +261,23 @@ def test_folders_that_hold_something_else(story, built, tmp_path):
         attributor(story).build_index(tmp_path)
     assert json.loads((built / files.PLAN).read_text())["numbers"] == 300
     assert os.listdir(tmp_path) == ["notes.txt"]
+
+
+def test_commands(story, queries, tmp_path):
+    folder = tmp_path / "index"
+    runner, few = CliRunner(), ["--num-samples", "8"]
+    made = runner.invoke(app, ["index", str(story.path), str(folder), *few, "--numbers", "300"])
+    assert made.exit_code == 0, made.output
+    assert "rank correlation of" in made.stdout and SourceIndex.load(folder).numbers == 300
+    asked = ["--prompt", "Peru:", "--completion", " Lima"]
+    shown = runner.invoke(app, ["top", str(story.path), "--index", str(folder), *asked])
+    assert shown.exit_code == 0 and "From an index" in shown.stdout, shown.output
+    out = tmp_path / "scored.parquet"
+    given = ["attribute", str(story.path), "--index", str(folder), "--stage", "sft", "--out", str(out), *asked]
+    assert runner.invoke(app, given).exit_code == 0
+    expected = attributor(story, index=folder).scores(None, Queries.from_text(["Peru:"], [" Lima"]), "sft")
+    np.testing.assert_array_equal(Dataset.from_parquet(str(out))["source_q0"], expected[0])
+    filtered = runner.invoke(
+        app, ["top", str(story.path), "--filter", str(folder), "--candidates", "10", *few, *asked]
+    )
+    assert filtered.exit_code == 0 and "an index proposed" in filtered.stdout, filtered.output

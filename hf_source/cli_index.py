@@ -1,0 +1,67 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`hf-source index`: build an index of a record, and publish it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli_errors import friendly_errors
+from .cli_options import CurvatureOption, MethodOption, NumSamples, Recipe, Record, Settings
+
+
+def index(
+    record: Record,
+    folder: Annotated[Path, typer.Argument(help="Folder for the index; one that was begun is gone on with.")],
+    numbers: Annotated[
+        int | None, typer.Option(help="Numbers kept of each row, two or three bytes each.", show_default="2048")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="Of the numbers: int8 or full.")] = "int8",
+    method: MethodOption = None,
+    curvature: CurvatureOption = None,
+    num_samples: NumSamples = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A stage's dataset as it was trained on, as stage=path; repeatable.",
+            show_default="the rows in the record",
+        ),
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(help="Also publish it, as this dataset repository on the Hub (user/name).")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private/--public", help="Who can see what is published.")] = True,
+    recipe: Recipe = None,
+    settings: Settings = None,
+) -> None:
+    """Index a record, so that `attribute` and `top` answer new queries with `--index` in seconds.
+
+    It costs about as much as attributing a few queries; a build that was cut off goes on when it is run again.
+    """
+    with friendly_errors():
+        from .cli import _attributor, _named
+        from .cli_push import _by_stage
+        from .index import SourceIndex
+        from .recipes import load_rows
+
+        given = _by_stage(dataset, "--dataset")
+        attributor = _attributor([record], recipe, settings, _named(method, curvature, num_samples))
+        for name, path in given.items():
+            attributor.set_dataset(name, load_rows(path))
+        built = SourceIndex.load(attributor.build_index(folder, numbers, precision))
+        typer.echo(f"Wrote {folder}: {built.num_bytes / 2**20:,.1f} MiB. {built.note(built.stages)}")
+        if push is not None:
+            typer.echo(f"Pushed to {built.push_to_hub(push, private=private)}.")
+        typer.echo(f"Next: hf-source top {record} --index {folder} --prompt '...'")
