@@ -277,6 +277,11 @@ def test_the_how_to_runs(given):
     assert {"source_hungary", "source_wrong"} <= set(given["early"].column_names) & set(given["late"].column_names)
     assert set(given["table"]["stage"]) == {"train", "lora"}
     assert sorted(row["source_row"] for row in given["stream"]) == list(range(8))
+    given["attributor"] = given["attributor"].like(num_samples=32)
+    for heading in ("Ask again in seconds", "Score candidates only"):
+        exec(section("how-to.md", heading), given)
+    assert {"source_hungary", "source_wrong"} <= set(given["answered"].column_names)
+    assert "are scored" in given["found"].info.description
     for heading in ("Write a report", "Explore in a browser"):
         exec(section("how-to.md", heading), given)
     assert Path("answer.html").stat().st_size > 10_000
