@@ -23,7 +23,7 @@ from .errors import HFSourceError
 
 @contextmanager
 def friendly_errors() -> Iterator[None]:
-    """Errors that say what to change are shown as such, without a traceback."""
+    """Errors that say what to change, and being interrupted, are shown without a traceback."""
     try:
         yield
     except HFSourceError as error:
@@ -32,3 +32,6 @@ def friendly_errors() -> Iterator[None]:
 
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from error
+    except KeyboardInterrupt as stopped:
+        typer.echo("Interrupted.", err=True)
+        raise typer.Exit(130) from stopped

@@ -23,6 +23,7 @@ training: {output_dir: out/sft, record_dir: runs/capitals, stage: sft, learning_
 ```
 """
 
+import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -195,7 +196,11 @@ def arguments_of(recipe: Mapping[str, Any]) -> Any:
     known = {field.name for field in fields(SourceConfig)}
     unknown = sorted(set(recipe["training"]) - known)
     if unknown:
-        raise ConfigError(f"training.{unknown[0]} is not a setting of SourceConfig (or TrainingArguments).")
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        raise ConfigError(
+            f"training.{unknown[0]} is not a setting of SourceConfig (or TrainingArguments)."
+            + (f" Did you mean {near[0]}?" if near else "")
+        )
     try:
         args = SourceConfig(**{key: read_number(value) for key, value in recipe["training"].items()})
     except (TypeError, ValueError) as error:
@@ -281,6 +286,8 @@ def load_rows(source: str | Mapping[str, Any]) -> Any:
         if path.suffix in kinds:
             if not path.is_file():
                 raise ConfigError(f"There is no file {path}.")
+            if not path.stat().st_size:
+                raise ConfigError(f"{path} is empty: it should hold rows.")
             source = {"path": kinds[path.suffix], "data_files": str(path), "split": "train"}
         elif (path / "dataset_info.json").is_file() or (path / "state.json").is_file():
             return load_from_disk(str(path))

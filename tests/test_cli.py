@@ -402,7 +402,8 @@ def test_train_from_a_folder(recipe, tmp_path):
     ("override", "message"),
     [
         ("optimiser=adam", "unknown key 'optimiser'; a training recipe has model, model_config"),
-        ("training.learning_rte=1", "training.learning_rte is not a setting of SourceConfig"),
+        ("training.learning_rte=1", "(or TrainingArguments). Did you mean learning_rate?"),
+        ("training.qqqq=1", "training.qqqq is not a setting of SourceConfig (or TrainingArguments)."),
         ("training.learning_rate", "not of the form key=value"),
         ("=3", "not of the form key=value"),
         ("training.seed=[1", "not valid YAML: quote it"),
@@ -443,6 +444,22 @@ def test_numbers_and_words_of_a_recipe(recipe, tmp_path):
 
 
 # ---- the error printer itself --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["asked.jsonl", "asked.csv", "asked.parquet"])
+def test_an_empty_file(record, tmp_path, name):
+    (tmp_path / name).touch()
+    assert "is empty" in refused("plan", record, "-q", tmp_path / name)
+
+
+def test_an_interrupted_command_says_so(record, monkeypatch):
+    def interrupt(*given, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SourceAttributor, "top", interrupt)
+    result = CliRunner().invoke(app, ["top", record, *ASKED])
+    assert result.exit_code == 130
+    assert result.stderr == "Interrupted.\n" and not result.stdout
 
 
 def test_markup_in_an_error_is_shown_literally(record, tmp_path):

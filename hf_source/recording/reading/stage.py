@@ -135,7 +135,8 @@ class StageRecord:
         if self.status != "complete":
             raise RecordError(
                 f"Stage '{self.name}' of {self.record.path} is not complete: training stopped after step "
-                f"{self.num_steps}. Continue it with `trainer.train(resume_from_checkpoint=True)`."
+                f"{self.num_steps}. Continue it with `trainer.train(resume_from_checkpoint=True)`, or train it anew "
+                "with overwrite_stage=True."
             )
 
     def build_model(self, dtype: torch.dtype | None = None) -> torch.nn.Module:
