@@ -309,7 +309,7 @@ class RecordingMixin:
         dataset = self.train_dataset
         if dataset is None:
             return
-        if hasattr(dataset, "__len__") and not len(dataset):
+        if not is_stream(dataset) and hasattr(dataset, "__len__") and not len(dataset):
             raise DataError("The training set has no rows: look at what it was read from, and what was filtered out.")
         if self._numbered and carries_numbers(dataset):
             if not is_stream(dataset):

@@ -71,7 +71,8 @@ class StageRecord:
         self.status: str = data["status"]
         self.num_steps: int = data["num_steps"]
         self.num_rows: int = data["dataset"]["num_rows"]
-        self.num_examples: int = data["dataset"].get("num_examples", self.num_rows)
+        # Of a stream nobody knew when training began: 0 was written.
+        self.num_examples: int = data["dataset"].get("num_examples") or self.num_rows
         self.trainable: list[str] = list(data["trainable"])
         self.frozen: list[str] = list(data["frozen_parameters"])
         self.tensor_info: dict[str, dict] = {**data["trainable"], **data["frozen_parameters"]}

@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 
 from ...data import ROW, CausalLMCollator, content_fingerprint, prepare_rows
 from ...errors import DataError
 from .stored import is_given, rows_dataset, trained_numbers
-from .streamed import batch_tokens, read_stream_rows, row_hash
+from .streamed import batch_tokens, by_number, read_stream_rows, row_hash
 from .streams import is_stream, number_rows
 
 
@@ -138,7 +139,7 @@ def _each(stream: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
 
 
 def _collect(stage: "StageRecord", stream: datasets.IterableDataset) -> datasets.Dataset:
-    """A stream's rows in memory, up to the last that trained."""
+    """A stream's rows, up to the last that trained; what does not fit in little memory is on disk."""
     wanted = set(trained_numbers(stage).tolist())
 
     def until_all_are_found() -> Iterator[Mapping[str, Any]]:
@@ -193,7 +194,8 @@ def _same_stream_rows(
     stage: "StageRecord", rows: datasets.Dataset, numbers: np.ndarray, collate: Callable[[list], Mapping[str, Any]]
 ) -> np.ndarray:
     """Positions of the rows that trained, each with the tokens it had then."""
-    recorded = read_stream_rows(stage)
+    recorded = read_stream_rows(stage, [ROW, "hash"])
+    recorded = recorded.take(pa.array(by_number(recorded)))
     trained, hashes = (recorded[name].to_numpy() for name in (ROW, "hash"))
     order = np.argsort(numbers, kind="stable")
     places = np.searchsorted(numbers[order], trained)

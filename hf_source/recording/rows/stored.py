@@ -28,7 +28,8 @@ from ...gradients.preference import REFERENCE
 from ..heads import HEAD
 from ..writer import RecordWriter, atomic_write
 from .numbering import RowDataset
-from .streamed import read_stream_rows
+from .spilled import parquet_tables, spilled
+from .streamed import by_number, read_stream_rows
 from .streams import is_stream
 
 
@@ -89,8 +90,8 @@ def _tables(dataset: RowDataset, whole: bool) -> Iterator[pa.Table]:
 def trained_numbers(stage: "StageRecord") -> np.ndarray:
     """Numbers of the rows in the training set, after what the Trainer filtered out: int64, in no order."""
     if stage.dataset.get("stream"):
-        table = read_stream_rows(stage)
-        return np.zeros(0, dtype=np.int64) if table is None else table[ROW].to_numpy()
+        table = read_stream_rows(stage, [ROW])
+        return np.zeros(0, dtype=np.int64) if table is None else np.sort(table[ROW].to_numpy())
     table = _read(stage, [ROW])
     return np.arange(stage.num_rows) if table is None else table[ROW].to_numpy()
 
@@ -99,8 +100,9 @@ def read_rows(stage: "StageRecord") -> datasets.Dataset | None:
     """The rows as they were trained on, with their numbers, or `None` if the record does not hold them."""
     if stage.dataset.get("stream"):
         table = read_stream_rows(stage)
-        stored = table is not None and "input_ids" in table.column_names
-        return datasets.Dataset(table.drop_columns(["hash", "step"])) if stored else None
+        if table is None or "input_ids" not in table.column_names:
+            return None
+        return datasets.Dataset(table.drop_columns(["hash", "step"])).select(by_number(table))
     table = _read(stage)
     return None if table is None or table.column_names == [ROW] else datasets.Dataset(table)
 
@@ -110,7 +112,7 @@ def _read(stage: "StageRecord", columns: list[str] | None = None) -> pa.Table | 
     if key not in stage.data["files"]:
         return None
     stage.record.check_size(stage.data["files"], key)
-    return pq.read_table(stage.path / ROWS_FILE, columns=columns, memory_map=True)
+    return spilled(parquet_tables([stage.path / ROWS_FILE], columns))
 
 
 def is_given(dataset: datasets.Dataset, stage: "StageRecord") -> bool:
@@ -122,13 +124,15 @@ def is_given(dataset: datasets.Dataset, stage: "StageRecord") -> bool:
 
 
 def rows_dataset(rows: Iterable[Mapping[str, Any]]) -> datasets.Dataset:
-    """Rows from anywhere as a dataset in memory: numbers, texts, and lists of them; others are left out."""
-    tables, rows = [], iter(rows)
+    """Rows from anywhere as a dataset: numbers, texts, and lists of them; others are left out."""
+    return datasets.Dataset(spilled(_plain_tables(iter(rows))))
+
+
+def _plain_tables(rows: Iterator[Mapping[str, Any]]) -> Iterator[pa.Table]:
     while batch := list(islice(rows, _BATCH)):
         plain = [{name: _plain(value) for name, value in row.items()} for row in batch]
         names = [name for name, value in plain[0].items() if value is not None]
-        tables.append(pa.table({name: pa.array([row.get(name) for row in plain]) for name in names}))
-    return datasets.Dataset(pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({}))
+        yield pa.table({name: pa.array([row.get(name) for row in plain]) for name in names})
 
 
 def _plain(value: Any) -> Any:

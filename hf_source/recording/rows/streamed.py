@@ -34,6 +34,7 @@ from ...logs import get_logger
 from ..processes import Processes
 from ..writer import RecordWriter, atomic_write
 from .numbering import LARGEST_NUMBER
+from .spilled import parquet_tables, spilled
 
 
 if TYPE_CHECKING:
@@ -278,20 +279,26 @@ def _table(entries: Sequence[Mapping[str, Any]]) -> pa.Table:
     return pa.table(columns)
 
 
-def read_stream_rows(stage: "StageRecord") -> pa.Table | None:
-    """Every row seen, by ascending number: `source_row`, `hash`, `step` of its first visit, and its tokens if stored.
+def read_stream_rows(stage: "StageRecord", columns: list[str] | None = None) -> pa.Table | None:
+    """Every row seen, in the order of first visits: `source_row`, `hash`, `step` of that visit, and tokens if stored.
+
+    Args:
+        stage: that trained on a stream.
+        columns: those wanted; all by default.
 
     Raises:
         RecordError: if a file is damaged.
         DataError: if the files are not those that the record describes.
     """
     prefix = (stage.path / FOLDER).relative_to(stage.record.path).as_posix()
-    tables = []
-    for name in sorted(name for name in stage.data["files"] if name.startswith(f"{prefix}/")):
+    names = sorted(name for name in stage.data["files"] if name.startswith(f"{prefix}/"))
+    for name in names:
         stage.record.check_hash(stage.data["files"], name)
-        tables.append(pq.read_table(stage.record.path / name))
-    if not tables:
+    if not names:
         return None
-    table = pa.concat_tables(tables)
-    numbers = table[ROW].to_numpy()
-    return table.take(pa.array(np.argsort(numbers, kind="stable")))
+    return spilled(parquet_tables([stage.record.path / name for name in names], columns))
+
+
+def by_number(table: pa.Table) -> np.ndarray:
+    """Positions of rows by ascending number."""
+    return np.argsort(table[ROW].to_numpy(), kind="stable")
