@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..curvature import JointCurvature
+from ..curvature import JointCurvature, column_bytes
 from ..gradients import RowGradients
 from ..recording import StageRecord
 from ..source import score_rows, wanted_parameters
@@ -109,7 +109,8 @@ def make_plan(attributor: "SourceAttributor", queries: Queries, target: StageRec
     gradients = RowGradients(model, attributor.rows(last).task, list(wanted))
     sizes = [parameter.numel() for parameter in gradients.parameters.values()]
     element = next(iter(gradients.parameters.values())).element_size()
-    passes = _sample_passes(attributor, sizes, element)
+    columns = _column_bytes(attributor, gradients, last)
+    passes = _sample_passes(attributor, columns)
     plans = [_stage_plan(attributor, stage, passes, len(queries)) for stage in reversed(stages)]
     tokens = sum(plan.sample_tokens + plan.score_tokens for plan in plans)
     seconds = tokens * _seconds_per_token(attributor, gradients, last, queries)
@@ -120,14 +121,21 @@ def make_plan(attributor: "SourceAttributor", queries: Queries, target: StageRec
         sum(sizes),
         plans,
         seconds,
-        _memory(attributor, sizes, element, len(queries)),
+        _memory(attributor, sizes, element, len(queries), columns),
         sum(stage.num_bytes for stage in stages),
     )
 
 
-def _sample_passes(attributor: "SourceAttributor", sizes: list[int], element: int) -> int:
+def _column_bytes(attributor: "SourceAttributor", gradients: RowGradients, stage: StageRecord) -> list[int]:
+    """What each parameter's columns of the sample matrix take."""
+    rows, count = attributor.rows(stage), attributor.num_samples
+    tokens = count * float(rows.lengths[rows.trained].mean()) if "input_ids" in (rows.columns or ()) else None
+    return [column_bytes(p, count, tokens, gradients.rules(name)) for name, p in gradients.parameters.items()]
+
+
+def _sample_passes(attributor: "SourceAttributor", columns: list[int]) -> int:
     if isinstance(attributor.curvature, JointCurvature):
-        return attributor.curvature.num_passes(sizes, attributor.num_samples, element)
+        return attributor.curvature.num_passes(columns)
     return {"ekfac": 2, "ekfac-hybrid": 3, "identity": 0}.get(attributor.curvature_name, 1)
 
 
@@ -199,7 +207,9 @@ def _feature_sizes(attributor: "SourceAttributor") -> Iterator[tuple[StageRecord
         yield stage, projector.size, parts
 
 
-def _memory(attributor: "SourceAttributor", sizes: list[int], element: int, num_queries: int) -> dict[str, int]:
+def _memory(
+    attributor: "SourceAttributor", sizes: list[int], element: int, num_queries: int, columns: list[int]
+) -> dict[str, int]:
     total = sum(sizes) * element
     if isinstance(attributor.options, ProjectedOptions):
         return {"model": total, **_projected_memory(attributor, num_queries)}
@@ -213,9 +223,8 @@ def _memory(attributor: "SourceAttributor", sizes: list[int], element: int, num_
         memory["query vectors"] *= 2  # residual, direction and their products
         memory["products"] = attributor.memory_budget
     if attributor.method in CURVED and isinstance(attributor.curvature, JointCurvature):
-        largest = attributor.num_samples * max(sizes) * element  # one parameter's columns are never split
-        columns = min(attributor.num_samples * total, max(attributor.memory_budget, largest))
-        memory["sample columns"] = 2 * columns
+        # One parameter's columns are never split between groups.
+        memory["sample columns"] = min(sum(columns), max(attributor.memory_budget, max(columns)))
         memory["sample space"] = 4 * 8 * attributor.num_samples**2
     return memory
 

@@ -15,6 +15,7 @@
 
 from ..errors import ConfigError
 from .block import Block, fit_block
+from .columns import column_bytes
 from .conjugate import GaussNewtonProducts, conjugate_gradient
 from .diagonal import DiagonalCurvature
 from .ekfac import EKFACCurvature
@@ -72,6 +73,7 @@ __all__ = [
     "Response",
     "SampleSpace",
     "as_preconditioners",
+    "column_bytes",
     "conjugate_gradient",
     "ekfac_inverse",
     "fit_block",

@@ -23,7 +23,8 @@ matrices (Shampoo: Gupta et al. 2018, arXiv 1802.09568), exact for a vector; `kf
 a module's inputs and output gradients (Martens & Grosse 2015, arXiv 1503.05671; Grosse et al. 2023, arXiv 2308.03296).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,8 @@ from .preconditioner import Diagonal, Preconditioner
 
 MAX_FULL_SIDE = 4096
 """Largest side of a parameter that gets a full basis; a longer one (a vocabulary) stays diagonal."""
+
+_LARGE_SIDE = 512
 
 
 @dataclass
@@ -123,10 +126,15 @@ def eigenvectors(moment: torch.Tensor | None) -> torch.Tensor | None:
     """Eigenvectors of a symmetric second moment; `None` stays `None`.
 
     Computed in float64: repeated eigenvalues and ranks far below the size are the rule here, and float32 solvers are
-    known to fail on them.
+    known to fail on them. Of large ones, where it takes twice as long, only if the float32 solver did fail.
     """
     if moment is None:
         return None
+    if len(moment) >= _LARGE_SIDE and moment.dtype == torch.float32:
+        with suppress(torch.linalg.LinAlgError):
+            vectors = torch.linalg.eigh((moment + moment.T) / 2).eigenvectors
+            if torch.isfinite(vectors).all():
+                return vectors
     symmetric = moment.double()
     symmetric = (symmetric + symmetric.T) / 2
     return torch.linalg.eigh(symmetric).eigenvectors.to(moment.dtype)
@@ -142,10 +150,31 @@ def fit_block(
         preconditioner: `P`; a tensor stands for a `Diagonal`.
         diagonal_left: see `GradientMoments`.
     """
+    return fit_block_in_parts(lambda: [samples], samples.shape[1:], preconditioner, diagonal_left)
+
+
+def fit_block_in_parts(
+    parts: Callable[[], Iterable[torch.Tensor]],
+    shape: torch.Size,
+    preconditioner: Preconditioner | torch.Tensor,
+    diagonal_left: bool = False,
+) -> Block:
+    """The same from some samples after another.
+
+    Args:
+        parts: gives the samples, `[some, *parameter.shape]`; called twice.
+        shape: of the parameter.
+        preconditioner, diagonal_left: see `fit_block`.
+    """
     if isinstance(preconditioner, torch.Tensor):
         preconditioner = Diagonal(preconditioner)
-    matrices = as_matrices(preconditioner.root(samples))
-    moments = GradientMoments(samples.shape[1:], diagonal_left)
-    moments.add(matrices)
+    moments = GradientMoments(shape, diagonal_left)
+    eigenvalues, kept = None, None
+    for part in parts():
+        kept = as_matrices(preconditioner.root(part)) if kept is None else ()  # of one part, once is enough
+        moments.add(kept if len(kept) else as_matrices(preconditioner.root(part)))
     left, right = moments.bases()
-    return Block(left, right, rotate(matrices, left, right).square_().sum(dim=0), preconditioner)
+    for matrices in [kept] if len(kept) else (as_matrices(preconditioner.root(part)) for part in parts()):
+        own = rotate(matrices, left, right).square_().sum(dim=0)
+        eigenvalues = own if eigenvalues is None else eigenvalues.add_(own)
+    return Block(left, right, eigenvalues, preconditioner)

@@ -22,24 +22,33 @@ With `H = S^T S`, the flow never leaves `q + span(S^T)`: everything it needs is 
 Weight decay that differs between parameters is treated exactly: parameters that share a rate `l` form a group, each
 group has its own `K_l` and `b_l`, and the flow closes on the groups' spans (`SampleSpace`).
 
-Two passes over the samples, one group of parameters at a time, so that `S` is never stored: the first accumulates `K`
-and `b`, the second `S^T (coefficients)`. Directions that the samples do not span get their curvature from the *tail*:
-each parameter's eigenvalue-corrected block (`block.py`), fitted on the same samples and applied to `q` first,
-`exp ~ exp_joint exp_block`, `F_r ~ F_r,joint F_r,block / s` (a splitting of the flow).
+One pass over the samples for each group of parameters whose columns of `S` fit the memory budget (`columns.py`)
+accumulates `K` and `b`, and one more pass `S^T (coefficients)`; where all fit at once, the columns serve for both.
+Directions that the samples do not span get their curvature from the *tail*: each parameter's eigenvalue-corrected
+block (`block.py`), fitted on the same samples and applied to `q` first, `exp ~ exp_joint exp_block`,
+`F_r ~ F_r,joint F_r,block / s` (a splitting of the flow). Of a large parameter held factored the block is that of the
+samples whitened by the rank-one factorisation of `P` (`factored.py`), at a fraction of the cost.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 
+from ..gradients.contraction import add_combined
 from ..gradients.rows import as_rows
-from .block import fit_block
+from ..gradients.rules import Call, Rule
+from .block import fit_block_in_parts
+from .columns import Columns, column_bytes
+from .factored import fit_factored, is_cheaper
 from .flow import Flow, decayed, forced, forced_integral, integral
 from .sample import FisherSample, combine
 
 
 Vectors = dict[str, torch.Tensor]
+_Name = TypeVar("_Name", bound=Hashable)
 
 # Weight-decay rates whose effects over the segment differ by less than this are treated as one in the samples' span
 # (not in the free decay, which stays exact): half the modes, for an error far below that of sampling labels.
@@ -105,93 +114,188 @@ class JointCurvature:
     tail: bool = True
     memory_budget: int = 2**30
 
-    def propagate(self, vectors: Vectors, flow: Flow, sample: FisherSample) -> tuple[Vectors, Vectors]:
+    def propagate(
+        self, vectors: Vectors, flow: Flow, sample: FisherSample, *, carry: bool = True, consume: bool = False
+    ) -> tuple[Vectors, Vectors]:
         """Carry query vectors through a segment.
 
         Args:
             vectors: `q`, name -> `[queries, *parameter.shape]`; left unchanged.
             flow: the segment's constants.
             sample: `S` at the segment's weights.
+            carry: whether `q'` is wanted; else it is empty, and costs neither time nor memory.
+            consume: take the vectors out of `vectors` and use their memory.
 
         Returns:
             `x = F_r^T q` (only on parameters that the segment trains) and `q' = exp(-s (P H + Lambda))^T q`.
         """
-        groups = groups_within(self.memory_budget, vectors, sample)
+        groups = sample_groups(self.memory_budget, vectors, sample)
         grams: dict[float, torch.Tensor] = {}
         projections: dict[float, torch.Tensor] = {}
         scoring, carried, kept = {}, {}, {}
+        count = len(next(iter(vectors.values())))
+        wanted = [name for name in vectors if carry or flow.trains(name)]
         for names in groups:
             trained = [name for name in names if flow.trains(name)]
-            columns = sample.matrices(trained if len(groups) > 1 else names)
-            for name in trained:
-                scoring[name], carried[name] = self._tail(name, vectors[name], columns[name], flow, sample)
-                self._accumulate(name, columns[name], scoring[name], carried[name], flow, grams, projections)
-            carried.update({name: vectors[name].clone() for name in names if name not in carried})
+            needed = trained if len(groups) > 1 else [name for name in names if name in wanted]
+            columns = sample.columns(needed, self._piece_bytes)
+            for name in names:
+                q = vectors.pop(name) if consume else vectors[name].clone()
+                if name not in trained:
+                    carried.update({name: q} if carry else {})
+                    continue
+                scoring[name], after = self._tail(name, q, columns[name], flow, sample, carry)
+                self._accumulate(name, columns[name], [scoring[name], *after], flow, grams, projections)
+                if after:
+                    (carried[name],) = after
+                if len(groups) > 1:
+                    del columns[name]
             kept = columns if len(groups) == 1 else {}
         space = SampleSpace(grams, projections, flow.length)
-        count = len(next(iter(vectors.values())))
-        for names in groups:
-            self._finish(names, kept, space, count, scoring, carried, flow, sample)
+        self._finish(wanted, kept, space, count, scoring, carried, flow, sample)
         return scoring, carried
 
-    def _tail(self, name: str, q: torch.Tensor, columns: torch.Tensor, flow: Flow, sample: FisherSample):
-        """`q` after the split-off factors, once for scoring and once for carrying on; always fresh tensors."""
-        scoring, carried = q, q
+    @property
+    def _piece_bytes(self) -> int:
+        """Dense columns made at once of factored ones, beside what is held."""
+        return max(1, min(self.memory_budget // 4, 2**28))
+
+    def _tail(
+        self, name: str, q: torch.Tensor, columns: Columns, flow: Flow, sample: FisherSample, carry: bool
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """`q` after the split-off factors, for scoring and, if wanted, for carrying on; `q` itself is changed."""
         decay, length = flow.decay[name].to(q), flow.length
-        if decay.dim():  # elementwise decay has no common rate with anything: split it off
-            scoring = scoring * (integral(decay, length) / length)
-            carried = carried * decayed(decay, length)
+        block = None
         if self.tail:
-            block = fit_block(columns, flow.preconditioner[name], name in sample.gradients.vocabulary)
-            scoring = block.apply(scoring, lambda mu: integral(mu, length) / length)
-            carried = block.apply(carried, lambda mu: decayed(mu, length))
-        return (scoring.clone() if scoring is q else scoring), (carried.clone() if carried is q else carried)
+            preconditioner, diagonal = flow.preconditioner[name], name in sample.gradients.vocabulary
+            if is_cheaper(columns, preconditioner):
+                block = fit_factored(columns, preconditioner, diagonal)
+            else:
+                parts = lambda: (part for _, part in columns.samples())  # noqa: E731
+                block = fit_block_in_parts(parts, columns.shape, preconditioner, diagonal)
+        result = []
+        for function, vectors in ((decayed, q.clone() if carry else None), (_mean_over_time, q)):
+            if vectors is None:
+                continue
+            if decay.dim():  # elementwise decay has no common rate with anything: split it off
+                vectors.mul_(function(decay, length))
+            if block is not None:
+                of_modes = partial(function, length=length)
+                for part in vectors.split(_vectors_at_once(vectors, self._piece_bytes)):
+                    part.copy_(block.apply(part, of_modes))
+            result.append(vectors)
+        return result[-1], result[:-1]
 
-    def _accumulate(self, name, columns, scoring, carried, flow, grams, projections) -> None:
+    @staticmethod
+    def _accumulate(name, columns: Columns, both: list[torch.Tensor], flow: Flow, grams, projections) -> None:
         """Add one parameter's share of `K` and `b`; float64, as thousands of terms of one sign add up."""
-        rate = _common_rate(flow, name)
-        weighted = as_rows(flow.preconditioner[name].apply(columns))
-        gram = (weighted @ as_rows(columns).T).double()
-        both = as_rows(torch.cat([scoring, carried]))
-        projection = (weighted @ both.T.to(weighted)).double()
-        grams[rate] = grams[rate] + gram if rate in grams else gram
-        projections[rate] = projections[rate] + projection if rate in projections else projection
+        rate, preconditioner = common_rate(flow, name), flow.preconditioner[name]
+        for part, own in columns.slices(whole=not preconditioner.is_elementwise):
+            weighted = as_rows(preconditioner.apply_to(own, part))
+            gram = (weighted @ as_rows(own).T).double()
+            vectors = torch.cat([as_rows(each[:, part] if each.dim() > 1 else each) for each in both])
+            projection = (weighted @ vectors.T.to(weighted)).double()
+            grams[rate] = grams[rate].add_(gram) if rate in grams else gram
+            projections[rate] = projections[rate].add_(projection) if rate in projections else projection
 
-    def _finish(self, names, kept, space, count, scoring, carried, flow, sample) -> None:
-        """Second pass over one group: add `S^T (coefficients)`."""
-        rates = {name: _common_rate(flow, name) for name in names}
-        by_rate = {
-            rate: torch.cat([space.scoring(rate)[:, :count], space.propagated(rate)[:, count:]], dim=1)
-            for rate in set(rates.values())
-        }
-        coefficients = {name: by_rate[rate] for name, rate in rates.items()}
-        moved = {} if kept else sample.combine(coefficients)
+    def _finish(
+        self,
+        names: list[str],
+        kept: dict[str, Columns],
+        space: SampleSpace,
+        count: int,
+        scoring: Vectors,
+        carried: Vectors,
+        flow: Flow,
+        sample: FisherSample,
+    ) -> None:
+        """Add `S^T (coefficients)` to the vectors, in place: from the columns if they were kept, else in a pass."""
+        rates = {name: common_rate(flow, name) for name in names}
+        of_scoring = {rate: space.scoring(rate)[:, :count] for rate in set(rates.values())}
+        # After the scoring vectors come those that are carried on, if they are.
+        of_carried = {rate: space.propagated(rate)[:, count:] for rate in set(rates.values())}
+        targets = {}
         for name in names:
-            change = combine(kept.pop(name), coefficients[name]) if kept else moved.pop(name)
             rate = torch.tensor(rates[name], dtype=torch.float64)
-            carried[name].mul_(float(decayed(rate, flow.length))).add_(change[count:])
+            targets[name] = []
             if name in scoring:
-                scoring[name].mul_(float(integral(rate, flow.length))).add_(change[:count])
-                scoring[name] = flow.preconditioner[name].apply(scoring[name])
+                scoring[name].mul_(float(integral(rate, flow.length)))
+                targets[name].append((of_scoring[rates[name]], scoring[name]))
+            if name in carried:
+                carried[name].mul_(float(decayed(rate, flow.length)))
+                targets[name].append((of_carried[rates[name]], carried[name]))
+        if kept:
+            for name in names:
+                _add_columns(kept.pop(name), targets[name])
+        else:
+            _add_by_pass(sample, targets)
+        for name, vectors in scoring.items():
+            for part in vectors.split(_vectors_at_once(vectors, self._piece_bytes)):
+                part.copy_(flow.preconditioner[name].apply(part))
 
-    def num_passes(self, sizes: Sequence[int], num_samples: int, element_size: int = 4) -> int:
-        """Passes over the samples for parameters of the given sizes: 1 if `S` fits the budget, else 2 per group."""
-        groups, room = 1, self.memory_budget
-        for size in sizes:
-            needed = size * num_samples * element_size
-            if needed > room and room < self.memory_budget:
-                groups, room = groups + 1, self.memory_budget
-            room -= needed
-        return 1 if groups == 1 else 2 * groups
+    def num_passes(self, sizes: Sequence[int]) -> int:
+        """Passes over the samples: 1 if `S` fits the budget, else one for each group of parameters and one more.
+
+        Args:
+            sizes: bytes that each parameter's columns of `S` take (`column_bytes`).
+        """
+        groups = len(grouped(self.memory_budget, dict(enumerate(sizes))))
+        return 1 if groups == 1 else groups + 1
 
 
-def groups_within(memory_budget: int, vectors: Vectors, sample: FisherSample) -> list[list[str]]:
-    """Parameters in groups whose columns of `S` fit the memory budget; one of them alone may exceed it."""
-    groups: list[list[str]] = [[]]
+def _mean_over_time(rate: torch.Tensor, length: float) -> torch.Tensor:
+    return integral(rate, length) / length
+
+
+def _vectors_at_once(vectors: torch.Tensor, max_bytes: int) -> int:
+    """How many of the vectors take so many bytes."""
+    return max(1, int(max_bytes // max(1, vectors[0].numel() * vectors.element_size())))
+
+
+def _add_columns(columns: Columns, targets: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Add `S^T C` of one parameter to vectors, for pairs of `C [samples, vectors]` and the vectors."""
+    for part, own in columns.slices():
+        for coefficients, vectors in targets:
+            target = vectors[:, part] if vectors.dim() > 1 else vectors
+            target += combine(own, coefficients)
+
+
+def _add_by_pass(sample: FisherSample, targets: Mapping[str, Sequence[tuple[torch.Tensor, torch.Tensor]]]) -> None:
+    """The same for all parameters by one pass that stores no `S`."""
+
+    def add(name: str, samples: slice, rule: Rule, call: Call) -> None:
+        for coefficients, vectors in targets[name]:
+            own = coefficients[samples] * sample.scale
+            add_combined(rule, call, samples.stop - samples.start, own, vectors)
+
+    def add_rows(name: str, samples: slice, grads: torch.Tensor) -> None:
+        for coefficients, vectors in targets[name]:
+            vectors += combine(grads, coefficients[samples] * sample.scale)
+
+    sample.stream(list(targets), add, add_rows)
+
+
+def sample_groups(memory_budget: int, names: Iterable[str], sample: FisherSample) -> list[list[str]]:
+    """Parameters in groups whose columns of `S`, held as what takes less, fit the memory budget."""
+    gradients, tokens = sample.gradients, sample.num_tokens
+    sizes = {
+        name: column_bytes(gradients.parameters[name], sample.size, tokens, gradients.rules(name)) for name in names
+    }
+    return grouped(memory_budget, sizes)
+
+
+def groups_within(memory_budget: int, vectors: Iterable[str], sample: FisherSample) -> list[list[str]]:
+    """Parameters in groups whose dense columns of `S` fit the memory budget."""
+    parameters = sample.gradients.parameters
+    sizes = {name: sample.size * parameters[name].numel() * parameters[name].element_size() for name in vectors}
+    return grouped(memory_budget, sizes)
+
+
+def grouped(memory_budget: int, sizes: Mapping[_Name, int]) -> list[list[_Name]]:
+    """Names in groups, in order, whose sizes add up to no more than the budget; one alone may exceed it."""
+    groups: list[list[_Name]] = [[]]
     room = memory_budget
-    for name in vectors:
-        parameter = sample.gradients.parameters[name]
-        size = sample.size * parameter.numel() * parameter.element_size()
+    for name, size in sizes.items():
         if size > room and groups[-1]:
             groups.append([])
             room = memory_budget
@@ -200,6 +304,7 @@ def groups_within(memory_budget: int, vectors: Vectors, sample: FisherSample) ->
     return groups
 
 
-def _common_rate(flow: Flow, name: str) -> float:
+def common_rate(flow: Flow, name: str) -> float:
+    """A parameter's decay rate; elementwise decay is split off and has none."""
     decay = flow.decay[name]
     return 0.0 if decay.dim() else float(decay)

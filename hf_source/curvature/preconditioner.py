@@ -36,6 +36,13 @@ class Preconditioner(ABC):
     def apply(self, vectors: torch.Tensor) -> torch.Tensor:
         """`P v`."""
 
+    is_elementwise = False
+    """Whether `P` acts on each entry alone, so that parts of the first axis may be taken apart."""
+
+    def apply_to(self, vectors: torch.Tensor, part: slice) -> torch.Tensor:
+        """`P v` of a part of the parameter's first axis; of all of it if `P` is not elementwise."""
+        return self.apply(vectors)
+
     @abstractmethod
     def root(self, vectors: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         """`scale P^{1/2} v`."""
@@ -60,8 +67,14 @@ class Diagonal(Preconditioner):
         values: of the parameter's shape, or 0-dim.
     """
 
+    is_elementwise = True
+
     def __init__(self, values: torch.Tensor) -> None:
         self.values = values
+
+    def apply_to(self, vectors, part):
+        """See `Preconditioner`."""
+        return vectors * (self.values[part] if self.values.dim() else self.values).to(vectors)
 
     @property
     def is_zero(self) -> bool:
@@ -91,6 +104,12 @@ class Diagonal(Preconditioner):
             return left, right
         rows, columns = self._sides
         return left * rows.to(left), right * columns.to(right)
+
+    def roots_of_sides(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`sqrt(u) [m]` and `sqrt(v) [k]` with `P ~ u v^T`, for a parameter `[m, k]`."""
+        if self.values.dim():
+            return tuple(side.to(like) for side in self._sides)
+        return self.values.to(like).sqrt().expand(len(like)), like.new_ones(like.shape[1])
 
     @cached_property
     def _root(self) -> torch.Tensor:

@@ -27,7 +27,9 @@ import numpy as np
 import torch
 
 from ..gradients.rows import Pass, RowGradients, as_rows
+from ..gradients.rules import Call, Rule
 from ..gradients.task import RowLossTask, task_labels
+from .columns import Columns
 
 
 def systematic_sample(weights: np.ndarray, size: int, seed: int) -> np.ndarray:
@@ -98,6 +100,60 @@ class FisherSample:
             self._labels[index] = done.labels
             yield slice(start, start + done.num_rows), done
             start += done.num_rows
+
+    def stream(
+        self,
+        names: Iterable[str],
+        consume: Callable[[str, slice, Rule, Call], None],
+        consume_rows: Callable[[str, slice, torch.Tensor], None],
+    ) -> None:
+        """Forward and backward over every batch; each call is used as soon as its gradient is there.
+
+        Args:
+            names: parameters wanted.
+            consume: called with a name, sample numbers, and one of the calls that the gradients are the sum of.
+            consume_rows: called with a name, sample numbers and their gradients, where no rule fits.
+        """
+        self.num_passes += 1
+        start = 0
+        for index, batch in enumerate(self.visit()):
+            labels, first = self._labels[index], start
+            done = self.gradients.stream(
+                batch,
+                names,
+                lambda name, rule, call, rows, first=first: consume(name, slice(first, first + rows), rule, call),
+                lambda name, rows, grads, first=first: consume_rows(
+                    name, slice(first + rows.start, first + rows.stop), grads
+                ),
+                labels,
+                self._generator if labels is None else None,
+            )
+            self._labels[index] = done.labels
+            start += done.num_rows
+
+    @property
+    def num_tokens(self) -> int | None:
+        """Tokens of all samples, padding included; `None` for inputs that are not tokens."""
+        inputs = [batch.get("input_ids") for batch in self.batches]
+        if any(ids is None or ids.dim() != 2 for ids in inputs) or hasattr(self.gradients.task, "sequences_per_row"):
+            return None
+        return sum(ids.numel() for ids in inputs)
+
+    def columns(self, names: Sequence[str], piece_bytes: int = 2**28) -> dict[str, Columns]:
+        """Columns of `S` that belong to the named parameters, held as what takes less.
+
+        Args:
+            names: of the parameters.
+            piece_bytes: dense columns that are made at once of what is held.
+        """
+        parameters = self.gradients.parameters
+        result = {name: Columns(self.size, parameters[name], self.scale, piece_bytes) for name in names}
+        self.stream(
+            names,
+            lambda name, samples, rule, call: result[name].add(samples, rule, call),
+            lambda name, samples, grads: result[name].add_rows(samples, grads),
+        )
+        return result
 
     def visit(self) -> Iterator[dict[str, torch.Tensor]]:
         """The batches, each while the model has the weights that belong to it."""

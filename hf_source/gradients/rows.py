@@ -24,9 +24,10 @@ backward pass per row through the whole model: slower, never silently left out.
 import copy
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -139,6 +140,10 @@ class RowGradients:
         """Whether rules give the parameter's gradient."""
         return name not in self.fallback and name not in self.around
 
+    def rules(self, name: str) -> list[Rule] | None:
+        """The rules of a parameter's uses; `None` if they do not give its gradient."""
+        return [use.rule for use in self.uses[name]] if self.ruled(name) else None
+
     def _modules_for(self, name: str) -> list[nn.Module]:
         """The modules whose calls tell the parameter's gradient."""
         if name in self.around:
@@ -170,6 +175,66 @@ class RowGradients:
         given = task_labels(self.task, batch) if labels is None else labels
         return next(self._passes(batch, given, names, [generator]))
 
+    def stream(
+        self,
+        batch: Batch,
+        names: Iterable[str],
+        consume: Callable[[str, Rule, Call, int], None],
+        consume_rows: Callable[[str, slice, torch.Tensor], None],
+        labels: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Pass:
+        """Forward and backward, each module's call being used as soon as its gradient is there and then let go.
+
+        Args:
+            batch, labels, generator: see `run`.
+            names: parameters wanted.
+            consume: called with a name, the rule of one of the calls that its gradient is the sum of, that call, and
+                the number of rows.
+            consume_rows: called with blocks (see `blocks`) of the parameters that no rule fits.
+
+        Returns:
+            The pass, without the calls that were consumed.
+        """
+        names, leaves = list(names), []
+        given = task_labels(self.task, batch) if labels is None else labels
+        modules = {module for name in names for module in self._modules_for(name)}
+        with self._captured(modules, len(given) * getattr(self.task, "sequences_per_row", 1), leaves) as calls:
+            with torch.enable_grad():
+                outputs = self.task.forward(self.model, batch)
+        if generator is not None:
+            given = self.task.sample_labels(outputs.detach(), given, generator)
+        with torch.enable_grad():
+            losses = self.task.row_losses(outputs, given)
+        del outputs
+        done = Pass(batch, given, losses.detach())
+        streamed = {name for name in names if self.ruled(name) and self._will_fit(name, done, calls)}
+        wanted: dict[nn.Module, list[tuple[str, Rule]]] = {}
+        for name in streamed:
+            for use in self.uses[name]:
+                wanted.setdefault(use.module, []).append((name, use.rule))
+
+        def arrived(call: Call, grad: torch.Tensor) -> None:
+            finished = call.with_tensors(call.input, grad.detach())
+            for name, rule in wanted[call.module]:
+                consume(name, rule, finished, done.num_rows)
+
+        for module in wanted:
+            for call in calls.get(module, ()):
+                call.outputs[0].register_hook(partial(arrived, call.with_tensors(call.input, None)))
+        kept = {module for name in names if name not in streamed for module in self._modules_for(name)}
+        done.calls = self._backward(losses, [call for module in kept for call in calls.pop(module, ())], False, leaves)
+        rest = [name for name in names if name not in streamed]
+        for name, rows, grads in self.blocks(done, rest):
+            consume_rows(name, rows, grads)
+        return done
+
+    def _will_fit(self, name: str, done: Pass, calls: Mapping[nn.Module, list[Call]]) -> bool:
+        """Whether `_fits` will hold once gradients, which have the shapes of outputs, are there."""
+        sizes = (done.num_rows, done.labels.numel())
+        own = [call.outputs for module in self._modules_for(name) for call in calls.get(module, ())]
+        return all(len(each) == 1 and (each[0].dim() != 2 or len(each[0]) in sizes) for each in own)
+
     def draws(self, batch: Batch, generators: Sequence[torch.Generator]) -> Iterator[Pass]:
         """A pass for each generator, with labels drawn from the model's predictions: one forward for all of them."""
         return self._passes(batch, task_labels(self.task, batch), None, generators)
@@ -198,13 +263,16 @@ class RowGradients:
             yield Pass(batch, labels, losses.detach(), calls)
 
     @staticmethod
-    def _backward(losses: torch.Tensor, made: Sequence[Call], keep: bool) -> dict[nn.Module, list[Call]]:
+    def _backward(
+        losses: torch.Tensor, made: Sequence[Call], keep: bool, leaves: Sequence[torch.Tensor] = ()
+    ) -> dict[nn.Module, list[Call]]:
         """The calls with the gradients that came back; those that had no part in the loss are left out."""
         found: dict[nn.Module, list[Call]] = {}
-        if not made:
-            return found
         outputs = [output for call in made for output in call.outputs if output.requires_grad]
-        grads = iter(torch.autograd.grad(losses.sum(), outputs, retain_graph=keep, allow_unused=True))
+        if not outputs and not (leaves and losses.requires_grad):
+            return found
+        # Down to the leaves too: what is on the way there calls its hooks.
+        grads = iter(torch.autograd.grad(losses.sum(), [*outputs, *leaves], retain_graph=keep, allow_unused=True))
         for call in made:
             own = tuple(next(grads) if output.requires_grad else None for output in call.outputs)
             if any(grad is not None for grad in own):  # None for DoRA's look at its own weights, whatever its layout
@@ -391,7 +459,9 @@ class RowGradients:
         return float((got - truth[name]).norm()) <= tolerance
 
     @contextmanager
-    def _captured(self, modules: Iterable[nn.Module], sequences: int) -> Iterator[dict[nn.Module, list[Call]]]:
+    def _captured(
+        self, modules: Iterable[nn.Module], sequences: int, leaves: list[torch.Tensor] | None = None
+    ) -> Iterator[dict[nn.Module, list[Call]]]:
         """Record calls of the modules. All parameters are frozen meanwhile; outputs carry the gradient instead."""
         calls: dict[nn.Module, list[Call]] = {}
 
@@ -402,7 +472,7 @@ class RowGradients:
             return None
 
         def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-            output, found = _with_gradient(output)
+            output, found = _with_gradient(output, leaves)
             if found:
                 given = (tree_map(_plain, held) for held in (args, kwargs))
                 calls.setdefault(module, []).append(Call(module, *given, found))
@@ -434,15 +504,20 @@ class RowGradients:
                 parameter.requires_grad_(flag)
 
 
-def _with_gradient(output: Any) -> tuple[Any, tuple[torch.Tensor, ...]]:
-    """A module's output with gradients asked for, and its tensors."""
+def _with_gradient(
+    output: Any, leaves: list[torch.Tensor] | None = None
+) -> tuple[Any, tuple[torch.Tensor, ...]]:
+    """A module's output with gradients asked for, and its tensors; `leaves` gets where a graph begins with it."""
     found = tensors_of(output)
     if not found or any(tensor.requires_grad for tensor in found):
         return output, tuple(found)
     if isinstance(output, torch.Tensor):
-        output = output.detach().requires_grad_(True).view_as(output)
+        leaf = output.detach().requires_grad_(True)
+        output = leaf.view_as(output)
+        if leaves is not None:
+            leaves.append(leaf)
     elif type(output) in (tuple, list):
-        output = type(output)(_with_gradient(part)[0] for part in output)
+        output = type(output)(_with_gradient(part, leaves)[0] for part in output)
     else:
         return output, ()
     return output, tuple(tensors_of(output))

@@ -56,6 +56,10 @@ class Call:
         """The gradient of the first output that has one."""
         return next(grad for grad in self.grads if grad is not None)
 
+    def with_tensors(self, inputs: torch.Tensor, grad: torch.Tensor | None) -> "Call":
+        """A call of the same module with another input and gradient, and nothing else."""
+        return Call(self.module, (inputs,), {}, (), () if grad is None else (grad,))
+
 
 Rule = Callable[[Call, int], torch.Tensor]
 

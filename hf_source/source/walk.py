@@ -33,10 +33,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..curvature import FisherSample, Flow, as_preconditioners, systematic_sample
+from ..curvature import FisherSample, Flow, JointCurvature, as_preconditioners, systematic_sample
 from ..errors import UnsupportedError
 from ..gradients import RowGradients
+from ..gradients.contraction import add_dots
 from ..gradients.rows import as_rows
+from ..gradients.rules import Call, Rule
+from ..gradients.task import task_labels
 from ..recording import SegmentRecord, StageRecord
 
 
@@ -102,7 +105,8 @@ def walk(
         count = settings.targets[stage.name].count if stage.name in settings.targets else stage.num_rows
         scores = np.zeros((len(next(iter(vectors.values()))), count), dtype=np.float32)
         for segment in reversed(stage.segments):
-            vectors = _through_segment(segment, stage, rows[stage.name], gradients, vectors, scores, settings)
+            carry = position > 0 or segment is not stage.segments[0]
+            vectors = _through_segment(segment, stage, rows[stage.name], gradients, vectors, scores, settings, carry)
         vectors = {names[name]: vector for name, vector in vectors.items()}
         del gradients
         yield stage, scores
@@ -172,7 +176,7 @@ def segment_flow(segment: SegmentRecord, gradients: RowGradients, settings: Walk
     )
 
 
-def _through_segment(segment, stage, rows, gradients, vectors, scores, settings) -> Vectors:
+def _through_segment(segment, stage, rows, gradients, vectors, scores, settings, carry=True) -> Vectors:
     flow = segment_flow(segment, gradients, settings)
     if flow.length <= 0:  # nothing moved: every step was skipped, or the learning rate was 0
         return vectors
@@ -185,7 +189,7 @@ def _through_segment(segment, stage, rows, gradients, vectors, scores, settings)
     sample = draw_sample(
         rows, weights, gradients, settings, seed, segment.objective_scale(), enter if len(enter) > 1 else ()
     )
-    scoring, vectors = settings.curvature.propagate(vectors, flow, sample)
+    scoring, vectors = _propagate(settings.curvature, vectors, flow, sample, carry)
     parts = segment.applied_parts() if settings.momentum else [(list(scoring), segment.row_weights())]
     targets = settings.targets.get(stage.name, rows)
     parts = [(names, by_row[targets.example]) for names, by_row in parts]
@@ -202,6 +206,15 @@ def _through_segment(segment, stage, rows, gradients, vectors, scores, settings)
             found = sum(dot * scale for dot, scale in zip(dots, scales, strict=True)).float().numpy()
             np.add.at(scores, (slice(None), targets.row[pieces]), found)  # a row may have several pieces
     return vectors
+
+
+def _propagate(
+    curvature: Any, vectors: Vectors, flow: Flow, sample: FisherSample, carry: bool
+) -> tuple[Vectors, Vectors]:
+    """Through the segment; `joint` needs not hold the vectors twice, nor carry on what nobody asks for."""
+    if isinstance(curvature, JointCurvature):
+        return curvature.propagate(vectors, flow, sample, carry=carry, consume=True)
+    return curvature.propagate(vectors, flow, sample)
 
 
 def draw_sample(
@@ -248,12 +261,22 @@ def score_rows(
         `[vectors, rows]`; with `parts`, `[parts, vectors, rows]`.
     """
     part_of = {name: index for index, names in enumerate(parts or [list(vectors)]) for name in names}
-    done = gradients.run(batch, vectors)
-    result = None
-    for name, rows, grads in gradients.blocks(done, vectors):
-        if result is None:
-            result = grads.new_zeros((len(parts or [0]), len(vectors[name]), done.num_rows))
-        result[part_of[name]][:, rows] += as_rows(vectors[name]) @ as_rows(grads).T
+    count, like = len(next(iter(vectors.values()))), next(iter(gradients.parameters.values()))
+    totals: dict[int, torch.Tensor] = {}
+
+    def total(name: str, rows: int) -> torch.Tensor:
+        return totals.setdefault(part_of[name], like.new_zeros((count, rows)))
+
+    def add(name: str, rule: Rule, call: Call, rows: int) -> None:
+        add_dots(rule, call, rows, vectors[name], total(name, rows))
+
+    def add_rows(name: str, rows: slice, grads: torch.Tensor) -> None:
+        total(name, num_rows)[:, rows] += as_rows(vectors[name]).to(grads) @ as_rows(grads).T
+
+    num_rows = len(task_labels(gradients.task, batch))
+    gradients.stream(batch, vectors, add, add_rows)
+    zero = like.new_zeros((count, num_rows))
+    result = torch.stack([totals.get(index, zero) for index in range(len(parts or [0]))])
     return result.cpu() if parts is not None else result[0].cpu()
 
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from hf_source.curvature import FisherSample, Flow, JointCurvature, SampleSpace
+from hf_source.curvature.columns import column_bytes
 
 
 # Small eigenvalues of `S P S^T` are known to the rounding of the large ones, and are divided by: some of 16 digits may
@@ -119,10 +120,13 @@ def test_groups_under_a_memory_budget_change_nothing(segment, kind, precondition
         sample = FisherSample(made.gradients, made.batches, seed=1)
         got = JointCurvature(tail=tail, memory_budget=budget).propagate(made.q, made.flow, sample)
         assert max(made.errors(got, expected)) < TOLERANCE
-        sizes = [parameter.numel() for parameter in made.gradients.parameters.values()]
-        assert sample.num_passes == JointCurvature(memory_budget=budget).num_passes(sizes, made.size, 8)
+        sizes = [
+            column_bytes(parameter, made.size, sample.num_tokens, made.gradients.rules(name))
+            for name, parameter in made.gradients.parameters.items()
+        ]
+        assert sample.num_passes == JointCurvature(memory_budget=budget).num_passes(sizes)
         passes.append(sample.num_passes)
-    assert passes[0] == 1 and 6 <= passes[1] <= 10 and passes[2] == 2 * len(made.names)
+    assert passes[0] == 1 and 3 <= passes[1] <= 6 and passes[2] == len(made.names) + 1
 
 
 def test_more_samples_than_parameters(segment):

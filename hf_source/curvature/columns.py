@@ -1,0 +1,151 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Columns of the sample matrix `S` that belong to one parameter, held as what takes less: as they are, or factored.
+
+A sample's gradient of a Linear weight is `dy^T x` over its tokens. Where the tokens are fewer than what they make up
+for, `x` and `dy` are kept instead, and gradients are made of them again, a few samples or a part of the parameter at a
+time: the products are a third of the pass that gave them, which is not made again.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from ..gradients.contraction import FACTORED, pieces
+from ..gradients.recompute import cut
+from ..gradients.rules import Call, Rule
+
+
+@dataclass
+class Part:
+    """A call that some samples' gradients are the sum of, among others."""
+
+    samples: slice
+    rule: Rule
+    call: Call
+
+
+@dataclass
+class Columns:
+    """Columns `[samples, *shape]` of `S`.
+
+    Attributes:
+        size: samples.
+        like: the parameter.
+        scale: of the gradients that parts hold; `dense` is scaled already.
+        piece_bytes: dense columns made at once.
+        dense: columns that are held as they are; parts add to it.
+        parts: held factored.
+    """
+
+    size: int
+    like: torch.Tensor
+    scale: float
+    piece_bytes: int
+    dense: torch.Tensor | None = None
+    parts: list[Part] = field(default_factory=list)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the parameter."""
+        return self.like.shape
+
+    def add(self, samples: slice, rule: Rule, call: Call) -> None:
+        """A call of a pass over some samples; it is kept factored if that takes less."""
+        count = samples.stop - samples.start
+        if rule in FACTORED and _num_bytes(call) < count * self.like.numel() * self.like.element_size():
+            self.parts.append(Part(samples, rule, call))
+            return
+        target = self._held()[samples]
+        for part, grads in pieces(rule, call, count):
+            own = target[:, part] if target.dim() > 1 else target
+            own.add_(grads.view(own.shape), alpha=self.scale)
+
+    def add_rows(self, samples: slice, grads: torch.Tensor) -> None:
+        """Gradients of some samples as they are."""
+        self._held()[samples].add_(grads, alpha=self.scale)
+
+    def _held(self) -> torch.Tensor:
+        if self.dense is None:
+            self.dense = self.like.new_zeros((self.size, *self.shape))
+        return self.dense
+
+    def whole(self) -> torch.Tensor:
+        """All of them, `[samples, *shape]`."""
+        if not self.parts:
+            return self._held()
+        return self.block(slice(0, self.size), None)
+
+    def samples(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Some samples after another: their numbers and `[samples, *shape]`."""
+        step = self._step(self.like.numel())
+        for start in range(0, self.size, step):
+            own = slice(start, min(start + step, self.size))
+            yield own, self.block(own, None)
+
+    def slices(self, whole: bool = False) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Parts of the parameter's first axis: the part, and `[samples, part, ...]`; all at once with `whole`."""
+        if self.like.dim() == 0 or whole:
+            yield slice(None), self.whole()
+            return
+        step = self._step(self.size * self.like[0].numel())
+        for start in range(0, len(self.like), step):
+            part = slice(start, min(start + step, len(self.like)))
+            yield part, self.block(slice(0, self.size), part)
+
+    def _step(self, numbers: int) -> int:
+        return max(1, self.piece_bytes // max(1, numbers * self.like.element_size()))
+
+    def block(self, samples: slice, first: slice | None) -> torch.Tensor:
+        """Columns of some samples and of a part of the first axis."""
+        held = None
+        if self.dense is not None:
+            held = self.dense[samples] if first is None else self.dense[samples, first]
+        if not self.parts:
+            return self._held()[samples] if held is None else held
+        shape = list(self.shape)
+        if first is not None:
+            shape[0] = first.stop - first.start
+        result = self.like.new_zeros((samples.stop - samples.start, *shape)) if held is None else held.clone()
+        start = 0 if first is None else first.start
+        for part in self.parts:
+            low, high = max(part.samples.start, samples.start), min(part.samples.stop, samples.stop)
+            if low >= high:
+                continue
+            own = slice(low - part.samples.start, high - part.samples.start)
+            call = cut(part.call, own, part.samples.stop - part.samples.start)
+            target = result[low - samples.start : high - samples.start]
+            for place, grads in pieces(part.rule, call, high - low, first, self.piece_bytes):
+                target[:, place.start - start : place.stop - start].add_(grads, alpha=self.scale)
+        return result
+
+
+def _num_bytes(call: Call) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in (call.input, call.grad))
+
+
+def column_bytes(parameter: torch.Tensor, samples: int, tokens: float | None, rules: list[Rule] | None) -> int:
+    """Bytes that a parameter's columns of `S` take.
+
+    Args:
+        parameter: whose columns.
+        samples: number of them.
+        tokens: of all samples; `None` if unknown.
+        rules: of the parameter's uses; `None` if no rule fits.
+    """
+    dense = samples * parameter.numel() * parameter.element_size()
+    if tokens is None or rules is None or not all(rule in FACTORED for rule in rules):
+        return dense
+    return min(dense, int(len(rules) * tokens * sum(parameter.shape) * parameter.element_size()))

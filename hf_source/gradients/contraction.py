@@ -1,0 +1,140 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What per-row gradients are wanted for, taken from a module's call without holding them: products and weighted sums.
+
+The gradient of a Linear weight for one row is `dy^T x`, a sum over the row's tokens. `pieces` gives it for all rows,
+some of the parameter's first axis at a time, so that memory stays small however large the parameter. For dot products
+with `Q` vectors there is a second way, contracting the vectors with the inputs first: `Q T o i` multiplications a row
+instead of `(T + Q) o i`, so it wins for one vector or one token. An embedding's vectors are looked up, never spread
+over the vocabulary.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from .rules import Call, Rule, by_row, conv1d_weight, embedding_weight, linear_weight
+
+
+PIECE_BYTES = 16 * 2**20
+"""Gradients held at once: small enough to stay in a processor's cache, large enough for efficient products."""
+
+FACTORED = (linear_weight, conv1d_weight, embedding_weight)
+"""Rules whose gradients are sums over tokens of outer products, which a call holds in less than the gradients take."""
+
+
+def factors(rule: Rule, call: Call, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(u, v)`, `[rows, tokens, m]` and `[rows, tokens, k]`, with gradients `sum over tokens of u v^T`."""
+    pair = by_row(call.grad, rows), by_row(call.input, rows)
+    return pair if rule is linear_weight else pair[::-1]
+
+
+def pieces(
+    rule: Rule, call: Call, rows: int, first: slice | None = None, max_bytes: int | None = None
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Per-row gradients of a parameter in parts of its first axis.
+
+    Args:
+        rule: how the parameter enters the call.
+        call: with its gradient.
+        rows: of the batch.
+        first: the part of the first axis that is wanted; all by default.
+        max_bytes: largest part, `PIECE_BYTES` by default; at least one entry of the first axis.
+
+    Yields:
+        The part of the first axis, and gradients `[rows, part, ...]`.
+    """
+    if rule not in FACTORED:
+        whole = rule(call, rows)
+        first = first or slice(0, whole.shape[1] if whole.dim() > 1 else 1)
+        yield first, whole if whole.dim() == 1 else whole[:, first]
+        return
+    shape = call.module.weight.shape
+    first = first or slice(0, shape[0])
+    step = max(1, int((max_bytes or PIECE_BYTES) // max(1, rows * shape[1] * call.grad.element_size())))
+    for start in range(first.start, first.stop, step):
+        part = slice(start, min(start + step, first.stop))
+        if rule is embedding_weight:
+            yield part, _embedding_piece(call, rows, part)
+        else:
+            left, right = factors(rule, call, rows)
+            yield part, torch.bmm(left[..., part].transpose(1, 2), right)
+
+
+def _embedding_piece(call: Call, rows: int, part: slice) -> torch.Tensor:
+    """Gradients of some entries of a vocabulary, `[rows, entries, hidden]`."""
+    if part == slice(0, len(call.module.weight)):
+        return embedding_weight(call, rows)
+    tokens, grads = call.input.reshape(rows, -1), by_row(call.grad, rows)
+    inside = (tokens >= part.start) & (tokens < part.stop) & counted(call, tokens)
+    number, position = inside.nonzero(as_tuple=True)
+    result = grads.new_zeros((rows * (part.stop - part.start), grads.shape[-1]))
+    result.index_add_(
+        0, number * (part.stop - part.start) + tokens[number, position] - part.start, grads[number, position]
+    )
+    return result.view(rows, part.stop - part.start, -1)
+
+
+def counted(call: Call, tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens that train the embedding: not its padding."""
+    padding = call.module.padding_idx
+    return torch.ones_like(tokens, dtype=torch.bool) if padding is None else tokens != padding
+
+
+def add_dots(rule: Rule, call: Call, rows: int, vectors: torch.Tensor, total: torch.Tensor) -> None:
+    """Add the dot products of each row's gradient with each vector.
+
+    Args:
+        rule, call, rows: see `pieces`.
+        vectors: `[vectors, *parameter.shape]`.
+        total: `[vectors, rows]`, added to.
+    """
+    if rule is embedding_weight:
+        _add_looked_up(call, rows, vectors, total)
+        return
+    if rule in FACTORED:
+        left, right = factors(rule, call, rows)
+        tokens, count = left.shape[1], len(vectors)
+        if count * tokens <= count + tokens:
+            for number, vector in enumerate(vectors):
+                total[number] += ((left @ vector.to(left)) * right).sum(dim=(1, 2))
+            return
+    for part, grads in pieces(rule, call, rows):
+        flat = grads.reshape(rows, -1)
+        own = vectors[:, part] if vectors.dim() > 1 else vectors
+        total += own.reshape(len(vectors), -1).to(flat) @ flat.T
+
+
+def _add_looked_up(call: Call, rows: int, vectors: torch.Tensor, total: torch.Tensor) -> None:
+    tokens = call.input.reshape(rows, -1)
+    grads = by_row(call.grad, rows)
+    grads = grads * counted(call, tokens)[..., None]
+    step = max(1, int(PIECE_BYTES // max(1, grads.numel() * grads.element_size())))
+    for start in range(0, len(vectors), step):
+        found = vectors[start : start + step][:, tokens].to(grads)  # (vectors, rows, tokens, hidden)
+        total[start : start + step] += torch.einsum("qrth,rth->qr", found, grads)
+
+
+def add_combined(rule: Rule, call: Call, rows: int, coefficients: torch.Tensor, total: torch.Tensor) -> None:
+    """Add sums of the rows' gradients with coefficients.
+
+    Args:
+        rule, call, rows: see `pieces`.
+        coefficients: `[rows, vectors]`.
+        total: `[vectors, *parameter.shape]`, added to.
+    """
+    weights = coefficients.T.to(call.grad)
+    for part, grads in pieces(rule, call, rows):
+        own = total[:, part] if total.dim() > 1 else total
+        own += (weights @ grads.reshape(rows, -1)).view(own.shape)

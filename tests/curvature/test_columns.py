@@ -1,0 +1,126 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Columns of `S` held factored, and what is taken from them, against the same columns as they are."""
+
+import oracles
+import pytest
+import torch
+
+from hf_source.curvature import JointCurvature, factored
+from hf_source.curvature import columns as columns_module
+from hf_source.curvature.block import fit_block
+from hf_source.gradients import CausalLMTask, RowGradients
+from hf_source.gradients.contraction import add_combined, add_dots, pieces
+
+
+EXACT = 1e-10  # float64 sums in another order
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """Hold every call factored that can be, however small, and take every block from factors that can be."""
+    monkeypatch.setattr(columns_module, "_num_bytes", lambda call: 0)
+    monkeypatch.setattr(factored, "FACTORED_SIZE", 0)
+    monkeypatch.setattr(factored, "_cost", lambda *sizes: 0)
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 2**20])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "lora-gpt2", "odd"])
+def test_factored_columns_are_those_of_the_matrices(segment, always, kind, piece_bytes):
+    made = segment(kind)
+    expected = made.sample.matrices(made.names)
+    found = made.sample.columns(made.names, piece_bytes)
+    assert any(columns.parts for columns in found.values())
+    for name, columns in found.items():
+        error = lambda got, name=name: (got - expected[name]).abs().max() / (1 + expected[name].abs().max())  # noqa: E731
+        assert error(columns.whole()) < EXACT
+        assert error(torch.cat([part for _, part in columns.samples()])) < EXACT
+        if columns.like.dim():
+            assert error(torch.cat([part for _, part in columns.slices()], dim=1)) < EXACT
+
+
+@pytest.mark.parametrize("decay", ["none", "elementwise"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "lora-gpt2"])
+def test_the_flow_from_factored_columns_is_that_of_dense_ones(segment, always, monkeypatch, kind, decay):
+    """For SGD the tail from factors is exact, a tied head and embedding included."""
+    made = segment(kind, "sgd", decay)
+    got = JointCurvature(memory_budget=4096).propagate(made.q, made.flow, made.sample)
+    monkeypatch.undo()
+    expected = JointCurvature().propagate(made.q, made.flow, made.sample)
+    for one, other in zip(got, expected, strict=True):
+        assert set(one) == set(other)
+        scale = max(float(vectors.abs().max()) for vectors in other.values())
+        assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-7 * scale
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_the_block_from_factors_is_that_of_samples_whitened_by_rank_one(segment, always, kind):
+    made = segment(kind, "adam")
+    dense, checked = made.sample.matrices(made.names), 0
+    for name, columns in made.sample.columns(made.names).items():
+        preconditioner, diagonal = made.flow.preconditioner[name], name in made.gradients.vocabulary
+        if not factored.is_cheaper(columns, preconditioner):
+            continue
+        by_left, by_right = preconditioner.roots_of_sides(columns.like)
+        whitened = dense[name] * by_left[:, None] * by_right
+        expected = fit_block(whitened, torch.tensor(1.0, dtype=torch.float64), diagonal)
+        got = factored.fit_factored(columns, preconditioner, diagonal)
+        # Bases are known up to signs, and within equal eigenvalues up to rotations: compare what the block does.
+        expected.preconditioner = preconditioner
+        for function in (lambda mu: torch.exp(-30 * mu), lambda mu: 1 / (0.01 + mu)):
+            one, other = got.apply(made.q[name], function), expected.apply(made.q[name], function)
+            assert (one - other).abs().max() < 1e-6 * other.abs().max()
+        checked += 1
+    assert checked >= 3
+
+
+def test_nothing_is_carried_on_where_nobody_asks(segment):
+    made = segment("gpt2", "adam+frozen", "by parameter")
+    scoring, carried = JointCurvature().propagate(made.q, made.flow, made.sample)
+    before = {name: vectors.clone() for name, vectors in made.q.items()}
+    for budget in (2**30, 1):
+        own = {name: vectors.clone() for name, vectors in made.q.items()}
+        alone, nothing = JointCurvature(memory_budget=budget).propagate(
+            own, made.flow, made.sample, carry=False, consume=True
+        )
+        assert nothing == {} and own == {} and set(alone) == set(scoring)
+        for name, vectors in alone.items():
+            torch.testing.assert_close(vectors, scoring[name], rtol=1e-8, atol=1e-12)
+    assert carried and all(torch.equal(before[name], vectors) for name, vectors in made.q.items())
+
+
+@pytest.mark.parametrize("lengths", [oracles.LENGTHS, (1, 1, 1)], ids=["rows", "one token"])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_products_and_sums_of_calls_are_those_of_gradients(kind, count, lengths, monkeypatch):
+    monkeypatch.setattr("hf_source.gradients.contraction.PIECE_BYTES", 64)
+    model = oracles.SMALL_MODELS[kind]()
+    names = oracles.all_names(model)
+    gradients = RowGradients(model, CausalLMTask(), names)
+    batch = oracles.make_batch(tuple(max(2, length) for length in lengths))
+    done = gradients.run(batch)
+    generator = torch.Generator().manual_seed(0)
+    for name, _, block in gradients.blocks(done):
+        vectors = torch.randn((count, *block.shape[1:]), generator=generator, dtype=torch.float64)
+        coefficients = torch.randn((len(block), count), generator=generator, dtype=torch.float64)
+        dots, sums = vectors.new_zeros((count, len(block))), torch.zeros_like(vectors)
+        for rule, call in gradients.calls(name, done):
+            add_dots(rule, call, len(block), vectors, dots)
+            add_combined(rule, call, len(block), coefficients, sums)
+        torch.testing.assert_close(dots, vectors.flatten(1) @ block.flatten(1).T, rtol=1e-9, atol=1e-9)
+        expected = (coefficients.T @ block.flatten(1)).view_as(sums)
+        torch.testing.assert_close(sums, expected, rtol=1e-9, atol=1e-9)
+        parts = [part for rule, call in gradients.calls(name, done)[:1] for _, part in pieces(rule, call, len(block))]
+        if block.dim() > 2:
+            assert len(parts) > 1  # the pieces are small enough to be several
