@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 import torch
 
 from ..gradients.contraction import FACTORED, pieces
-from ..gradients.recompute import cut
 from ..gradients.rules import Call, Rule
 
 
@@ -125,11 +124,19 @@ class Columns:
             if low >= high:
                 continue
             own = slice(low - part.samples.start, high - part.samples.start)
-            call = cut(part.call, own, part.samples.stop - part.samples.start)
+            call = _rows_of(part.call, own, part.samples.stop - part.samples.start)
             target = result[low - samples.start : high - samples.start]
             for place, grads in pieces(part.rule, call, high - low, first, self.piece_bytes):
                 target[:, place.start - start : place.stop - start].add_(grads, alpha=self.scale)
         return result
+
+
+def _rows_of(call: Call, rows: slice, num_rows: int) -> Call:
+    """The part of a call that belongs to some of its rows."""
+    if rows == slice(0, num_rows):
+        return call
+    parts = [tensor.reshape(num_rows, -1, *tensor.shape[1:])[rows] for tensor in (call.input, call.grad)]
+    return call.with_tensors(*(part.flatten(0, 1) for part in parts))
 
 
 def _num_bytes(call: Call) -> int:

@@ -504,9 +504,7 @@ class RowGradients:
                 parameter.requires_grad_(flag)
 
 
-def _with_gradient(
-    output: Any, leaves: list[torch.Tensor] | None = None
-) -> tuple[Any, tuple[torch.Tensor, ...]]:
+def _with_gradient(output: Any, leaves: list[torch.Tensor] | None = None) -> tuple[Any, tuple[torch.Tensor, ...]]:
     """A module's output with gradients asked for, and its tensors; `leaves` gets where a graph begins with it."""
     found = tensors_of(output)
     if not found or any(tensor.requires_grad for tensor in found):

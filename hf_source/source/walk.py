@@ -41,6 +41,7 @@ from ..gradients.rows import as_rows
 from ..gradients.rules import Call, Rule
 from ..gradients.task import task_labels
 from ..recording import SegmentRecord, StageRecord
+from .work import Work
 
 
 Vectors = dict[str, torch.Tensor]
@@ -62,6 +63,7 @@ class WalkSettings:
         checkpoints: take gradients at the weights stored along a segment, where there are any.
         targets: stage name -> what is scored in place of all rows of the stage, such as the tokens of a few of them
             (`RowTokens`); samples of the curvature are still drawn from the rows.
+        work: keeps what is done.
     """
 
     curvature: Any
@@ -74,6 +76,7 @@ class WalkSettings:
     progress: Callable[[Sequence, str], Any] = lambda items, description: items
     checkpoints: bool = False
     targets: Mapping[str, Any] = field(default_factory=dict)
+    work: Work = field(default_factory=Work)
 
 
 def walk(
@@ -99,17 +102,95 @@ def walk(
         UnsupportedError: if a stage does not start from the weights the one before it ended with.
     """
     vectors: Vectors | None = None
+    resume = _Resume(stages, settings.work)
     for position in range(len(stages) - 1, -1, -1):
-        stage = stages[position]
-        gradients, names, vectors = open_stage(stages, position, rows, query_gradients, settings, models, vectors)
-        count = settings.targets[stage.name].count if stage.name in settings.targets else stage.num_rows
-        scores = np.zeros((len(next(iter(vectors.values()))), count), dtype=np.float32)
+        stage, own = stages[position], rows[stages[position].name]
+        if resume.is_done(position):
+            yield stage, resume.scores(position, settings.targets.get(stage.name, own))
+            continue
+        vectors, known = resume.vectors(position, vectors, settings.device)
+        ask = query_gradients if known is None else lambda gradients: {}
+        gradients, names, vectors = open_stage(stages, position, rows, ask, settings, models, vectors)
+        if known is not None:
+            vectors = {name: known[canonical] for name, canonical in names.items()}
+        targets = settings.targets.get(stage.name, own)
+        scores = None
         for segment in reversed(stage.segments):
+            if resume.is_done(position, segment):
+                continue
+            if scores is None:
+                scores = resume.scores(position, targets, len(next(iter(vectors.values()))))
             carry = position > 0 or segment is not stage.segments[0]
-            vectors = _through_segment(segment, stage, rows[stage.name], gradients, vectors, scores, settings, carry)
+            vectors = _through_segment(segment, stage, own, gradients, vectors, scores, settings, carry, names)
+            resume.finished(position, segment)
         vectors = {names[name]: vector for name, vector in vectors.items()}
         del gradients
         yield stage, scores
+
+
+class _Resume:
+    """What an earlier run of the same walk left: which segments are scored, and the vectors before the next one.
+
+    Args:
+        stages: in the order of training.
+        work: where it is kept.
+    """
+
+    def __init__(self, stages: Sequence[StageRecord], work: Work) -> None:
+        self.stages, self.work = stages, work
+        order = [(position, segment) for position in range(len(stages) - 1, -1, -1)
+                 for segment in reversed(stages[position].segments)]  # fmt: skip
+        self.done = set()
+        self.last: tuple[int, SegmentRecord] | None = None
+        for position, segment in order:
+            if not work.has(f"{_key(stages[position], segment)}.done"):
+                break
+            self.done.add((position, segment.index))
+            self.last = (position, segment)
+        # Vectors after the last segment that is done; a walk that is done as a whole keeps none.
+        if self.last is not None and len(self.done) < len(order):
+            if not work.has(f"{_key(stages[self.last[0]], self.last[1])}.carried"):
+                self.done, self.last = set(), None
+
+    def is_done(self, position: int, segment: SegmentRecord | None = None) -> bool:
+        """Whether a segment's rows are scored, or those of all segments of a stage."""
+        segments = self.stages[position].segments if segment is None else [segment]
+        return all((position, each.index) in self.done for each in segments)
+
+    def vectors(
+        self, position: int, entering: Vectors | None, device: torch.device
+    ) -> tuple[Vectors | None, Vectors | None]:
+        """Vectors that a stage starts with, by canonical name: those that enter it at its end, or those inside it."""
+        if self.last is None or entering is not None:
+            return entering, None
+        found = self.work.load(f"{_key(self.stages[self.last[0]], self.last[1])}.carried", device)
+        return (None, found) if self.last[0] == position else (found, None)
+
+    def finished(self, position: int, segment: SegmentRecord) -> None:
+        """A segment is done: the vectors before the one that is done now are no longer needed."""
+        if self.last is not None:
+            self.work.drop(f"{_key(self.stages[self.last[0]], self.last[1])}.carried")
+        self.last = (position, segment)
+
+    def scores(self, position: int, rows: Any, count: int | None = None) -> np.ndarray:
+        """Scores of a stage so far; `count` queries, if nothing says how many there are."""
+        stage, scores = self.stages[position], None
+        width = getattr(rows, "count", stage.num_rows)
+        for segment in reversed(stage.segments):
+            if not self.is_done(position, segment):
+                continue
+            done = self.work.load(f"{_key(stage, segment)}.done")
+            places, count = int(done["places"]), int(done["queries"])
+            for place in range(places):
+                for pieces, found in self.work.scored(f"{_key(stage, segment)}-{place}", [], None):
+                    if scores is None:
+                        scores = np.zeros((len(found), width), dtype=np.float32)
+                    np.add.at(scores, (slice(None), rows.row[pieces]), found)
+        return np.zeros((count or 0, width), dtype=np.float32) if scores is None else scores
+
+
+def _key(stage: StageRecord, segment: SegmentRecord) -> str:
+    return f"{stage.index}-{segment.index}"
 
 
 def open_stage(
@@ -176,36 +257,57 @@ def segment_flow(segment: SegmentRecord, gradients: RowGradients, settings: Walk
     )
 
 
-def _through_segment(segment, stage, rows, gradients, vectors, scores, settings, carry=True) -> Vectors:
-    flow = segment_flow(segment, gradients, settings)
+def _through_segment(segment, stage, rows, gradients, vectors, scores, settings, carry, canonical) -> Vectors:
+    flow, work, key = segment_flow(segment, gradients, settings), settings.work, _key(stage, segment)
     if flow.length <= 0:  # nothing moved: every step was skipped, or the learning rate was 0
+        work.save(f"{key}.carried", {canonical[name]: vector for name, vector in vectors.items()})
+        work.save(f"{key}.done", {"places": torch.tensor(0), "queries": torch.tensor(len(scores))})
         return vectors
-    weights = segment.row_weights()[rows.example]
-    seed = settings.seed + 7919 * segment.index
     steps = segment.checkpoint_steps if settings.checkpoints else []
     places = [(segment.index, step) for step in steps] or [segment.index]
     enter = [partial(stage.load_weights, gradients.model, place) for place in places]
     enter[0]()
-    sample = draw_sample(
-        rows, weights, gradients, settings, seed, segment.objective_scale(), enter if len(enter) > 1 else ()
-    )
-    scoring, vectors = _propagate(settings.curvature, vectors, flow, sample, carry)
+    scoring, vectors = _vectors_of(segment, stage, rows, gradients, vectors, flow, settings, enter, carry, canonical)
     parts = segment.applied_parts() if settings.momentum else [(list(scoring), segment.row_weights())]
     targets = settings.targets.get(stage.name, rows)
     parts = [(names, by_row[targets.example]) for names, by_row in parts]
     visited = np.flatnonzero(sum(np.abs(weights) for _, weights in parts))
     batches = targets.batches(visited)[settings.share[0] :: settings.share[1]]
-    for number, load in enumerate(enter, start=1):
+
+    def scored(pieces: np.ndarray) -> np.ndarray:
+        batch = targets.collated(pieces, settings.device)
+        dots = score_rows(gradients, batch, scoring, [names for names, _ in parts]).double()
+        scales = [torch.as_tensor(weights[pieces] / (flow.length * len(enter))) for _, weights in parts]
+        return sum(dot * scale for dot, scale in zip(dots, scales, strict=True)).float().numpy()
+
+    for number, load in enumerate(enter):
         if len(enter) > 1:
             load()
-        title = f"scoring {stage.name}, segment {segment.index + 1}" + (f", checkpoint {number}" if steps else "")
-        for pieces in settings.progress(batches, title):
-            batch = targets.collated(pieces, settings.device)
-            dots = score_rows(gradients, batch, scoring, [names for names, _ in parts]).double()
-            scales = [torch.as_tensor(weights[pieces] / (flow.length * len(enter))) for _, weights in parts]
-            found = sum(dot * scale for dot, scale in zip(dots, scales, strict=True)).float().numpy()
+        title = f"scoring {stage.name}, segment {segment.index + 1}" + (f", checkpoint {number + 1}" if steps else "")
+        for pieces, found in work.scored(f"{key}-{number}", batches, scored, settings.progress, title):
             np.add.at(scores, (slice(None), targets.row[pieces]), found)  # a row may have several pieces
+    work.save(f"{key}.done", {"places": torch.tensor(len(enter)), "queries": torch.tensor(len(scores))})
+    work.drop(f"{key}.scoring", *([] if carry else [f"{key}.carried"]))
     return vectors
+
+
+def _vectors_of(
+    segment, stage, rows, gradients, vectors, flow, settings, enter, carry, canonical
+) -> tuple[Vectors, Vectors]:
+    """The segment's scoring vectors, and those that enter the segment before; from disk if they are there."""
+    work, key = settings.work, _key(stage, segment)
+    own = {name: known for known, name in canonical.items()}
+    if work.has(f"{key}.scoring"):
+        carried = work.load(f"{key}.carried", settings.device) or {}
+        return work.load(f"{key}.scoring", settings.device), {own[name]: vector for name, vector in carried.items()}
+    weights = segment.row_weights()[rows.example]
+    seed, scale = settings.seed + 7919 * segment.index, segment.objective_scale()
+    sample = draw_sample(rows, weights, gradients, settings, seed, scale, enter if len(enter) > 1 else ())
+    scoring, carried = _propagate(settings.curvature, vectors, flow, sample, carry)
+    if carry:
+        work.save(f"{key}.carried", {canonical[name]: vector for name, vector in carried.items()})
+    work.save(f"{key}.scoring", scoring)
+    return scoring, carried
 
 
 def _propagate(
