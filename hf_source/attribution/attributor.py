@@ -26,6 +26,8 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import nn
 
+from .. import __version__
+from ..budget import parse_bytes
 from ..curvature import make_curvature
 from ..errors import ConfigError, DataError, UnsupportedError
 from ..gradients import Loss, Measurement, Task, describe_measurement
@@ -33,13 +35,14 @@ from ..logs import get_logger
 from ..outputs.columns import add_score_columns, check_names, top_table, with_note
 from ..outputs.trust import trust_note
 from ..recording import StageRecord, TrainingRecord
+from ..recording.digest import digest, record_digest
 from ..recording.reading.assumed import visits_note
-from ..source import WalkSettings
+from ..source import WalkSettings, Work
 from .alone import final_losses, own_influence
 from .ensembles import ENSEMBLES, check_agreement, make_ensemble, split_settings
 from .filtered import filtered_top
 from .generation import complete, prompt_text
-from .methods import METHODS
+from .methods import METHODS, in_chunks
 from .plan import Plan, make_plan
 from .queries import Queries, refuse_one_text, refuse_other_than_queries, same_queries
 from .reader import RunReader
@@ -75,8 +78,11 @@ class SourceAttributor(RunReader):
             its unit, and stay positive for rows that support the answer.
         data_collator: the Trainer's, if it masked labels in its own way.
         max_tokens_per_batch: padded tokens per forward pass.
-        memory_budget: bytes for the columns of the sample matrix held at once.
+        memory_budget: bytes, or a size such as `"2GiB"`, for the columns of the sample matrix held at once (1 GiB by
+            default), and, if given, for the query vectors: with more queries than fit it, some walk after others.
         dtype: of gradients.
+        cache_dir: folder where finished work is kept, so that the same attribution goes on where it was when it was
+            killed; scores stay, vectors (as large as the model times the queries) are deleted as they are used up.
         seed: of the sampled rows and labels.
         accelerator: places the model and shares rows among processes.
         progress: show progress bars (main process only).
@@ -109,7 +115,8 @@ class SourceAttributor(RunReader):
         measurement: str | Measurement = "loss",
         data_collator: Any = None,
         max_tokens_per_batch: int = 4096,
-        memory_budget: int = 2**30,
+        memory_budget: int | str | None = None,
+        cache_dir: str | Path | None = None,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
         accelerator: Accelerator | None = None,
@@ -149,6 +156,7 @@ class SourceAttributor(RunReader):
             "data_collator": data_collator,
             "max_tokens_per_batch": max_tokens_per_batch,
             "memory_budget": memory_budget,
+            "cache_dir": cache_dir,
             "dtype": dtype,
             "seed": seed,
             "accelerator": accelerator,
@@ -157,10 +165,12 @@ class SourceAttributor(RunReader):
         # A method's and a curvature's own settings are refused before a dataset is read.
         self.curvature_name = curvature
         own = {"damping": self.options.damping} if hasattr(self.options, "damping") else {}
-        self.curvature = make_curvature(curvature, tail=tail, memory_budget=memory_budget, **own)
+        self.memory_budget = parse_bytes(memory_budget)
+        self.query_budget = None if memory_budget is None else self.memory_budget
+        self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
+        self.curvature = make_curvature(curvature, tail=tail, memory_budget=self.memory_budget, **own)
         self.num_samples = num_samples
         self.momentum = momentum
-        self.memory_budget = memory_budget
         self.seed = seed
         super().__init__(
             records[0],
@@ -260,6 +270,24 @@ class SourceAttributor(RunReader):
             self.momentum,
             self.progress,
         )
+
+    def work(self, queries: Queries) -> Work:
+        """Where finished work on these queries is kept: nowhere, if no `cache_dir` was given."""
+        if self.cache_dir is None or self._change_model is not None:  # a member of an ensemble that changes the model
+            return Work()
+        given = {key: self._given[key] for key in ("num_samples", "max_tokens_per_batch", "memory_budget", "seed")}
+        identity = {
+            "versions": [__version__, torch.__version__],
+            "record": record_digest(self.record),
+            "settings": self.settings(),
+            "given": given,
+            "dtype": str(self.dtype),
+            "device": self.device.type,
+            "model": None if self.make_model is None else self.make_model.__qualname__,
+            "processes": [self.accelerator.process_index, self.accelerator.num_processes],
+            "queries": [queries.rows, queries.are_rows],
+        }
+        return Work(self.cache_dir / digest(identity)[:32])
 
     def _notes(self, stages: Iterable[str]) -> str:
         return "\n".join(note for note in (self.note, self.trust(stages)) if note)
@@ -417,7 +445,7 @@ class SourceAttributor(RunReader):
         key = json.dumps(queries.rows, sort_keys=True)
         if key not in self._walks:
             # One walk at a time: its vectors are as large as the model times the queries.
-            self._walks = {key: METHODS[self.method].score(self, queries)}
+            self._walks = {key: in_chunks(self, queries, METHODS[self.method])}
             self._walked[key] = {}
         found = self._walked[key]
         while stage.name not in found:

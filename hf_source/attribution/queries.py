@@ -118,6 +118,11 @@ class Queries:
         rows = [{key: value for key, value in row.items() if key not in ("name", ROW)} for row in dataset]
         return cls(_names(names, len(rows)), [""] * len(rows), [""] * len(rows), rows, are_rows=True)
 
+    def part(self, chosen: slice) -> "Queries":
+        """Some of the queries."""
+        rows = None if self.rows is None else self.rows[chosen]
+        return Queries(self.names[chosen], self.prompts[chosen], self.completions[chosen], rows, self.are_rows)
+
     def encode(
         self,
         processing_class: PreTrainedTokenizerBase | None,

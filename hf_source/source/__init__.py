@@ -17,6 +17,7 @@ from .products import ExactProducts, Products, SampledProducts
 from .self_influence import self_influence
 from .unrolled import unroll
 from .walk import WalkSettings, draw_sample, score_rows, segment_flow, walk, wanted_parameters
+from .work import Work
 
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Products",
     "SampledProducts",
     "WalkSettings",
+    "Work",
     "draw_sample",
     "score_rows",
     "segment_flow",

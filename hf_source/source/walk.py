@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..budget import with_smaller_batches
 from ..curvature import FisherSample, Flow, JointCurvature, as_preconditioners, systematic_sample
 from ..errors import UnsupportedError
 from ..gradients import RowGradients
@@ -121,7 +122,9 @@ def walk(
             if scores is None:
                 scores = resume.scores(position, targets, len(next(iter(vectors.values()))))
             carry = position > 0 or segment is not stage.segments[0]
-            vectors = _through_segment(segment, stage, own, gradients, vectors, scores, settings, carry, names)
+            vectors = _through_segment(
+                segment, stage, own, gradients, vectors, scores, settings, carry, names, _key(position, segment)
+            )
             resume.finished(position, segment)
         vectors = {names[name]: vector for name, vector in vectors.items()}
         del gradients
@@ -143,13 +146,13 @@ class _Resume:
         self.done = set()
         self.last: tuple[int, SegmentRecord] | None = None
         for position, segment in order:
-            if not work.has(f"{_key(stages[position], segment)}.done"):
+            if not work.has(f"{_key(position, segment)}.done"):
                 break
             self.done.add((position, segment.index))
             self.last = (position, segment)
         # Vectors after the last segment that is done; a walk that is done as a whole keeps none.
         if self.last is not None and len(self.done) < len(order):
-            if not work.has(f"{_key(stages[self.last[0]], self.last[1])}.carried"):
+            if not work.has(f"{_key(*self.last)}.carried"):
                 self.done, self.last = set(), None
 
     def is_done(self, position: int, segment: SegmentRecord | None = None) -> bool:
@@ -163,13 +166,13 @@ class _Resume:
         """Vectors that a stage starts with, by canonical name: those that enter it at its end, or those inside it."""
         if self.last is None or entering is not None:
             return entering, None
-        found = self.work.load(f"{_key(self.stages[self.last[0]], self.last[1])}.carried", device)
+        found = self.work.load(f"{_key(*self.last)}.carried", device)
         return (None, found) if self.last[0] == position else (found, None)
 
     def finished(self, position: int, segment: SegmentRecord) -> None:
         """A segment is done: the vectors before the one that is done now are no longer needed."""
         if self.last is not None:
-            self.work.drop(f"{_key(self.stages[self.last[0]], self.last[1])}.carried")
+            self.work.drop(f"{_key(*self.last)}.carried")
         self.last = (position, segment)
 
     def scores(self, position: int, rows: Any, count: int | None = None) -> np.ndarray:
@@ -179,18 +182,18 @@ class _Resume:
         for segment in reversed(stage.segments):
             if not self.is_done(position, segment):
                 continue
-            done = self.work.load(f"{_key(stage, segment)}.done")
+            done = self.work.load(f"{_key(position, segment)}.done")
             places, count = int(done["places"]), int(done["queries"])
             for place in range(places):
-                for pieces, found in self.work.scored(f"{_key(stage, segment)}-{place}", [], None):
+                for pieces, found in self.work.scored(f"{_key(position, segment)}-{place}", [], None):
                     if scores is None:
                         scores = np.zeros((len(found), width), dtype=np.float32)
                     np.add.at(scores, (slice(None), rows.row[pieces]), found)
         return np.zeros((count or 0, width), dtype=np.float32) if scores is None else scores
 
 
-def _key(stage: StageRecord, segment: SegmentRecord) -> str:
-    return f"{stage.index}-{segment.index}"
+def _key(position: int, segment: SegmentRecord) -> str:
+    return f"{position}-{segment.index}"
 
 
 def open_stage(
@@ -257,8 +260,8 @@ def segment_flow(segment: SegmentRecord, gradients: RowGradients, settings: Walk
     )
 
 
-def _through_segment(segment, stage, rows, gradients, vectors, scores, settings, carry, canonical) -> Vectors:
-    flow, work, key = segment_flow(segment, gradients, settings), settings.work, _key(stage, segment)
+def _through_segment(segment, stage, rows, gradients, vectors, scores, settings, carry, canonical, key) -> Vectors:
+    flow, work = segment_flow(segment, gradients, settings), settings.work
     if flow.length <= 0:  # nothing moved: every step was skipped, or the learning rate was 0
         work.save(f"{key}.carried", {canonical[name]: vector for name, vector in vectors.items()})
         work.save(f"{key}.done", {"places": torch.tensor(0), "queries": torch.tensor(len(scores))})
@@ -267,18 +270,23 @@ def _through_segment(segment, stage, rows, gradients, vectors, scores, settings,
     places = [(segment.index, step) for step in steps] or [segment.index]
     enter = [partial(stage.load_weights, gradients.model, place) for place in places]
     enter[0]()
-    scoring, vectors = _vectors_of(segment, stage, rows, gradients, vectors, flow, settings, enter, carry, canonical)
+    scoring, vectors = _vectors_of(
+        segment, stage, rows, gradients, vectors, flow, settings, enter, carry, canonical, key
+    )
     parts = segment.applied_parts() if settings.momentum else [(list(scoring), segment.row_weights())]
     targets = settings.targets.get(stage.name, rows)
     parts = [(names, by_row[targets.example]) for names, by_row in parts]
     visited = np.flatnonzero(sum(np.abs(weights) for _, weights in parts))
     batches = targets.batches(visited)[settings.share[0] :: settings.share[1]]
 
-    def scored(pieces: np.ndarray) -> np.ndarray:
+    def scores_of(pieces: list[int]) -> list[np.ndarray]:
         batch = targets.collated(pieces, settings.device)
         dots = score_rows(gradients, batch, scoring, [names for names, _ in parts]).double()
         scales = [torch.as_tensor(weights[pieces] / (flow.length * len(enter))) for _, weights in parts]
-        return sum(dot * scale for dot, scale in zip(dots, scales, strict=True)).float().numpy()
+        return list(sum(dot * scale for dot, scale in zip(dots, scales, strict=True)).float().numpy().T)
+
+    def scored(pieces: np.ndarray) -> np.ndarray:
+        return np.stack(with_smaller_batches(scores_of, list(pieces)), axis=1)
 
     for number, load in enumerate(enter):
         if len(enter) > 1:
@@ -292,10 +300,10 @@ def _through_segment(segment, stage, rows, gradients, vectors, scores, settings,
 
 
 def _vectors_of(
-    segment, stage, rows, gradients, vectors, flow, settings, enter, carry, canonical
+    segment, stage, rows, gradients, vectors, flow, settings, enter, carry, canonical, key
 ) -> tuple[Vectors, Vectors]:
     """The segment's scoring vectors, and those that enter the segment before; from disk if they are there."""
-    work, key = settings.work, _key(stage, segment)
+    work = settings.work
     own = {name: known for known, name in canonical.items()}
     if work.has(f"{key}.scoring"):
         carried = work.load(f"{key}.carried", settings.device) or {}

@@ -13,7 +13,7 @@
 # limitations under the License.
 """The methods behind `method=`: `source` is the library's own; the others are what it is compared with."""
 
-from .base import Method
+from .base import Method, in_chunks
 from .datainf import DataInfOptions, datainf
 from .final import grad_cos, grad_dot
 from .influence import InfluenceOptions, influence
@@ -34,13 +34,13 @@ METHODS: dict[str, Method] = {
     "tracin": Method(tracin),
     "grad-dot": Method(grad_dot),
     "grad-cos": Method(grad_cos),
-    "trak": Method(trak, TrakOptions),
-    "trackstar": Method(trackstar, TrackStarOptions),
-    "logra": Method(logra, LograOptions),
-    "datainf": Method(datainf, DataInfOptions),
-    "bm25": Method(bm25, reads_text=True),
-    "embedding": Method(embedding, EmbeddingOptions, reads_text=True),
+    "trak": Method(trak, TrakOptions, together=True),
+    "trackstar": Method(trackstar, TrackStarOptions, together=True),
+    "logra": Method(logra, LograOptions, together=True),
+    "datainf": Method(datainf, DataInfOptions, together=True),
+    "bm25": Method(bm25, reads_text=True, together=True),
+    "embedding": Method(embedding, EmbeddingOptions, reads_text=True, together=True),
 }
 """`method=` of `SourceAttributor`."""
 
-__all__ = ["METHODS", "Method"]
+__all__ = ["METHODS", "Method", "in_chunks"]

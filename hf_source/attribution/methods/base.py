@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ...budget import queries_at_once
 from ...errors import ConfigError
 from ...recording import StageRecord
 from ..queries import Queries
@@ -48,12 +49,15 @@ class Method:
             `ConfigError` for values that make no sense.
         nats: whether scores are predicted changes of the query's loss; others have no unit.
         reads_text: compares texts, without a model or a task, so that any record will do.
+        together: whether a query's scores depend on the other queries, or no vectors of theirs are held, so that all
+            are taken at once whatever the memory budget.
     """
 
     score: Callable[["SourceAttributor", Queries], Scores]
     options: type = NoOptions
     nats: bool = False
     reads_text: bool = False
+    together: bool = False
 
     def make_options(self, name: str, given: dict[str, Any], others: dict[str, "Method"]) -> Any:
         """The method's settings from keyword arguments.
@@ -69,3 +73,22 @@ class Method:
                 listed = f"its own settings are {', '.join(own)}" if own else "it has no settings of its own"
                 raise ConfigError(f"method={name!r} has no setting {key!r}: {listed}.{hint}")
         return self.options(**given)
+
+
+def in_chunks(attributor: "SourceAttributor", queries: Queries, method: Method) -> Scores:
+    """Scores of a method, of some queries after another where the vectors of all do not fit the memory budget."""
+    sizes = [
+        np.prod(stage.tensor_info[name]["shape"]) for stage in attributor.record.stages for name in stage.trainable
+    ]
+    element = torch.finfo(attributor.dtype).bits // 8
+    step = queries_at_once(attributor.query_budget, int(sum(sizes)), element, len(queries))
+    if step >= len(queries) or method.together:
+        yield from method.score(attributor, queries)
+        return
+    found: dict[str, list[np.ndarray]] = {}
+    for start in range(0, len(queries), step):
+        for stage, scores in method.score(attributor, queries.part(slice(start, start + step))):
+            found.setdefault(stage.name, []).append(scores)
+    for stage in reversed(attributor.record.stages):
+        if stage.name in found:
+            yield stage, np.concatenate(found[stage.name])

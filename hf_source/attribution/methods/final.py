@@ -14,6 +14,7 @@
 """Products of gradients at the final weights: `grad-dot`, `grad-cos`, and the ground of other methods."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -56,20 +57,31 @@ def final_gradients(
         transform: turns the query gradients into the vectors that a stage's rows are compared with.
         cosine: divide by both norms.
     """
+    work = attributor.work(queries)
     for stage, rows, gradients in stages_at_end(attributor):
-        vectors = attributor.query_gradients(gradients, queries)
-        if transform is not None:
-            vectors = transform(rows, gradients, vectors)
+        vectors = work.load(f"{stage.index}.vectors", attributor.device)
+        if vectors is None:
+            vectors = attributor.query_gradients(gradients, queries)
+            if transform is not None:
+                vectors = transform(rows, gradients, vectors)
+                work.save(f"{stage.index}.vectors", vectors)
+        compared = partial(_compared, rows, gradients, vectors, attributor.device, cosine)
         scores = np.zeros((len(queries), stage.num_rows), dtype=np.float32)
-        for pieces in attributor.progress(attributor.share(rows.batches(rows.trained)), f"scoring {stage.name}"):
-            batch = rows.collated(pieces, attributor.device)
-            dots = score_rows(gradients, batch, vectors)
-            dots = dots / _row_norms(gradients, batch) if cosine else dots
-            np.add.at(scores, (slice(None), rows.row[pieces]), dots.float().numpy())
+        batches, title = attributor.share(rows.batches(rows.trained)), f"scoring {stage.name}"
+        for pieces, found in work.scored(f"{stage.index}", batches, compared, attributor.progress, title):
+            np.add.at(scores, (slice(None), rows.row[pieces]), found)
         if cosine:
             squares = torch.stack([vector.flatten(1).square().sum(dim=1) for vector in vectors.values()])
             scores /= squares.sum(dim=0).sqrt().cpu().clamp_min(1e-30).numpy()[:, None]
         yield stage, scores
+
+
+def _compared(rows, gradients, vectors, device, cosine, pieces) -> np.ndarray:
+    """Scores of some rows, float32 `[queries, rows]`."""
+    batch = rows.collated(pieces, device)
+    dots = score_rows(gradients, batch, vectors)
+    dots = dots / _row_norms(gradients, batch) if cosine else dots
+    return dots.float().numpy()
 
 
 def stages_at_end(attributor: "SourceAttributor") -> Iterator[tuple[StageRecord, "StageRows", RowGradients]]:

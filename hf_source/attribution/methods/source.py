@@ -88,7 +88,7 @@ def _walk(attributor: "SourceAttributor", queries: Queries, checkpoints: bool) -
         attributor.record.stages,
         attributor.all_rows(),
         lambda gradients: attributor.query_gradients(gradients, queries),
-        replace(attributor.walk_settings(), checkpoints=checkpoints),
+        replace(attributor.walk_settings(), checkpoints=checkpoints, work=attributor.work(queries)),
         attributor.build_model,
     )
 
