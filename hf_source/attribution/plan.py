@@ -20,11 +20,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
+from ..budget import queries_at_once
 from ..curvature import JointCurvature, column_bytes
 from ..gradients import RowGradients
 from ..recording import StageRecord
 from ..source import score_rows, wanted_parameters
+from .cost import PASS, JointCost
 from .methods.projected import ProjectedOptions
 from .queries import Queries
 
@@ -62,6 +65,7 @@ class Plan:
         seconds: predicted wall time, from a calibration pass over a few rows.
         memory: bytes held at the peak, by what holds them.
         disk: bytes read from the record.
+        written: bytes that are kept in `cache_dir` at most.
         members: of the ensemble, one after another; `seconds` and `disk` are those of all, `stages` those of each.
         training_tokens: that each member trains on first.
     """
@@ -74,6 +78,7 @@ class Plan:
     seconds: float
     memory: dict[str, int] = field(default_factory=dict)
     disk: int = 0
+    written: int = 0
     members: int = 1
     training_tokens: int = 0
 
@@ -81,6 +86,10 @@ class Plan:
     def peak_memory(self) -> int:
         """Bytes, beside the interpreter and its libraries."""
         return sum(self.memory.values())
+
+    @property
+    def _writes(self) -> str:
+        return f"keeps up to {self.written / 2**20:,.0f} MiB" if self.written else "writes nothing"
 
     def __str__(self) -> str:
         how = f"{self.method} ({self.curvature})" if self.method in CURVED else self.method
@@ -96,7 +105,7 @@ class Plan:
             )
         parts = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in self.memory.items())
         lines.append(f"  about {self.seconds:,.0f} s; peak memory {self.peak_memory / 2**20:,.0f} MiB ({parts})")
-        lines.append(f"  disk: reads {self.disk / 2**20:,.0f} MiB of the record, writes nothing")
+        lines.append(f"  disk: reads {self.disk / 2**20:,.0f} MiB of the record, {self._writes}")
         return "\n".join(lines)
 
 
@@ -108,12 +117,12 @@ def make_plan(attributor: "SourceAttributor", queries: Queries, target: StageRec
     wanted = wanted_parameters(model, attributor.record.stages)
     gradients = RowGradients(model, attributor.rows(last).task, list(wanted))
     sizes = [parameter.numel() for parameter in gradients.parameters.values()]
-    element = next(iter(gradients.parameters.values())).element_size()
     columns = _column_bytes(attributor, gradients, last)
     passes = _sample_passes(attributor, columns)
     plans = [_stage_plan(attributor, stage, passes, len(queries)) for stage in reversed(stages)]
     tokens = sum(plan.sample_tokens + plan.score_tokens for plan in plans)
-    seconds = tokens * _seconds_per_token(attributor, gradients, last, queries)
+    per_token = _seconds_per_token(attributor, gradients, last, queries)
+    seconds = per_token * (tokens + _curvature_tokens(attributor, gradients, last, plans, columns, len(queries)))
     return Plan(
         attributor.method,
         attributor.curvature_name,
@@ -121,9 +130,40 @@ def make_plan(attributor: "SourceAttributor", queries: Queries, target: StageRec
         sum(sizes),
         plans,
         seconds,
-        _memory(attributor, sizes, element, len(queries), columns),
+        _memory(attributor, gradients, len(queries), columns),
         sum(stage.num_bytes for stage in stages),
+        0 if attributor.cache_dir is None else _written(gradients, stages, len(queries)),
     )
+
+
+def _written(gradients: RowGradients, stages: list[StageRecord], num_queries: int) -> int:
+    """Vectors of a segment and of the one after it, and scores."""
+    vectors = sum(parameter.numel() * parameter.element_size() for parameter in gradients.parameters.values())
+    return num_queries * (3 * vectors + sum(4 * len(stage.segments) * stage.num_rows for stage in stages))
+
+
+def _curvature_tokens(
+    attributor: "SourceAttributor",
+    gradients: RowGradients,
+    stage: StageRecord,
+    plans: list[StagePlan],
+    columns: list[int],
+    num_queries: int,
+) -> float:
+    """What `joint` curvature takes beside the passes over its sample, in tokens of a pass."""
+    if attributor.method not in ("source", "fast-source") or not isinstance(attributor.curvature, JointCurvature):
+        return 0.0
+    rows, count = attributor.rows(stage), attributor.num_samples
+    shapes, size = [], 0
+    for (name, parameter), held in zip(gradients.parameters.items(), columns, strict=True):
+        dense = count * parameter.numel() * parameter.element_size()
+        shapes.append((tuple(parameter.shape), held < dense, name in gradients.vocabulary))
+    size = sum(parameter.numel() for parameter in gradients.model.parameters())
+    tokens, segments = float(rows.lengths[rows.trained].mean()), sum(plan.num_segments for plan in plans)
+    cost = lambda vectors: JointCost(count, tokens, vectors, attributor.curvature.tail).of_all(shapes)  # noqa: E731
+    # Vectors go through the first segment for its rows only, through the others also to those before.
+    found = cost(2 * num_queries) * (segments - 1) + cost(num_queries)
+    return found / (PASS * size)
 
 
 def _column_bytes(attributor: "SourceAttributor", gradients: RowGradients, stage: StageRecord) -> list[int]:
@@ -184,6 +224,19 @@ def _unrolling_plan(
     return StagePlan(stage.name, stage.num_rows, stage.num_steps, products, products * tokens, 4 * tokens)
 
 
+def _batch_bytes(attributor: "SourceAttributor", gradients: RowGradients) -> int:
+    """What one batch's forward pass leaves for the backward one: inputs and outputs of layers, and logits four times.
+
+    The logits are kept with their logarithms, their gradient and that gradient's terms.
+    """
+    tokens = attributor.max_tokens_per_batch
+    layers = [module for module in gradients.model.modules() if getattr(module, "weight", None) is not None]
+    shapes = [module.weight.shape for module in layers if not isinstance(module, torch.nn.Embedding)]
+    features = sum(sum(shape) if len(shape) > 1 else 2 * shape[0] for shape in shapes if len(shape) in (1, 2))
+    logits = max((max(shape) for shape in shapes if len(shape) == 2), default=0)
+    return int(tokens * (features + 3 * logits) * attributor.dtype.itemsize)
+
+
 def _projected_memory(attributor: "SourceAttributor", num_queries: int) -> dict[str, int]:
     """Features of the largest stage, as float32 and once as float64, and matrices of the smaller of their sides."""
     features = matrices = 0
@@ -208,12 +261,14 @@ def _feature_sizes(attributor: "SourceAttributor") -> Iterator[tuple[StageRecord
 
 
 def _memory(
-    attributor: "SourceAttributor", sizes: list[int], element: int, num_queries: int, columns: list[int]
+    attributor: "SourceAttributor", gradients: RowGradients, num_queries: int, columns: list[int]
 ) -> dict[str, int]:
-    total = sum(sizes) * element
+    sizes = [parameter.numel() for parameter in gradients.parameters.values()]
+    element = next(iter(gradients.parameters.values())).element_size()
+    total, model = sum(sizes) * element, sum(p.numel() * p.element_size() for p in gradients.model.parameters())
     if isinstance(attributor.options, ProjectedOptions):
-        return {"model": total, **_projected_memory(attributor, num_queries)}
-    memory = {"model": total, "query vectors": 3 * num_queries * total}
+        return {"model": model, **_projected_memory(attributor, num_queries)}
+    memory = {"model": model, "query vectors": 3 * num_queries * total, "a batch": _batch_bytes(attributor, gradients)}
     if attributor.method in UNROLLING:
         steps = max(stage.num_steps for stage in attributor.record.stages)
         memory["query vectors"] *= 2  # moments of the adjoint beside it, and the products
@@ -226,6 +281,14 @@ def _memory(
         # One parameter's columns are never split between groups.
         memory["sample columns"] = min(sum(columns), max(attributor.memory_budget, max(columns)))
         memory["sample space"] = 4 * 8 * attributor.num_samples**2
+        if attributor.method in ("source", "fast-source"):
+            at_once = queries_at_once(attributor.query_budget, sum(sizes), element, num_queries)
+            segments = sum(len(stage.segments) for stage in attributor.record.stages)
+            # For scoring and for the segments before; parts of the largest parameter's are turned at a time.
+            memory["query vectors"] = (2 if segments > 1 else 1) * at_once * total + 3 * max(
+                max(sizes) * element, min(at_once * max(sizes) * element, 2**28)
+            )
+            memory["segment"] = total  # its preconditioner
     return memory
 
 

@@ -47,10 +47,10 @@ def is_cheaper(columns: Columns, preconditioner: Preconditioner) -> bool:
     m, k = columns.shape
     tokens = max(by_row(part.call.grad, _rows(part)).shape[1] for part in columns.parts)
     full = m if m <= MAX_FULL_SIDE else 0
-    return _cost(tokens, m, k, full) < 2 * m * k * (full + k)
+    return multiplications(tokens, m, k, full) < 2 * m * k * (full + k)
 
 
-def _cost(tokens: int, m: int, k: int, full: int) -> int:
+def multiplications(tokens: int, m: int, k: int, full: int) -> int:
     """Multiplications per sample; `full` is `m`, or 0 where the first axis stays diagonal."""
     return tokens * (2 * full**2 + 2 * k**2 + m * k) + tokens**2 * (m + k)
 

@@ -196,7 +196,8 @@ class RowGradients:
         Returns:
             The pass, without the calls that were consumed.
         """
-        names, leaves = list(names), []
+        asked, leaves = set(names), []
+        names = [name for name in self.parameters if name in asked]  # one order, so that sums round in one way
         given = task_labels(self.task, batch) if labels is None else labels
         modules = {module for name in names for module in self._modules_for(name)}
         with self._captured(modules, len(given) * getattr(self.task, "sequences_per_row", 1), leaves) as calls:
@@ -208,7 +209,7 @@ class RowGradients:
             losses = self.task.row_losses(outputs, given)
         del outputs
         done = Pass(batch, given, losses.detach())
-        streamed = {name for name in names if self.ruled(name) and self._will_fit(name, done, calls)}
+        streamed = [name for name in names if self.ruled(name) and self._will_fit(name, done, calls)]
         wanted: dict[nn.Module, list[tuple[str, Rule]]] = {}
         for name in streamed:
             for use in self.uses[name]:

@@ -111,7 +111,8 @@ class Work:
         if not self.has(name):
             return None
         try:
-            return load_file(self._file(name), device=str(device))
+            # Copies, for memory that is aligned otherwise may make products round in another way.
+            return {key: tensor.clone() for key, tensor in load_file(self._file(name), device=str(device)).items()}
         except Exception as error:
             raise DataError(
                 f"{self._file(name)} is damaged ({error}): delete {self.folder} and start again."

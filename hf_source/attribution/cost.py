@@ -1,0 +1,76 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Arithmetic and memory of `joint` curvature, beside the passes over its sample: what `plan()` adds to them.
+
+Counted in floating-point operations, two for a multiplication and an addition. A forward and backward pass that gives
+per-row gradients takes `6 p` for each token, with `p` parameters.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..curvature.block import MAX_FULL_SIDE
+from ..curvature.factored import FACTORED_SIZE, multiplications
+
+
+_EIGEN = 15
+"""Operations of a symmetric eigenproblem over the cube of its side, in the time that matrix products take for them."""
+
+PASS = 6
+"""Operations of a forward and backward pass with per-row gradients, for each parameter and token."""
+
+
+@dataclass(frozen=True)
+class JointCost:
+    """Operations of one segment.
+
+    Attributes:
+        samples: `n`.
+        tokens: of one sample.
+        vectors: query vectors that go through, twice the queries where they are carried on.
+        tail: whether there is one.
+    """
+
+    samples: int
+    tokens: float
+    vectors: int
+    tail: bool = True
+
+    def of(self, shape: Sequence[int], factored: bool, diagonal_left: bool = False) -> float:
+        """Of one parameter, whose columns are held factored or as they are."""
+        m, k = _sides(shape)
+        size, n = m * k, self.samples
+        found = 2 * n**2 * size + 4 * n * self.vectors * size  # the Gram matrix; products with vectors, and of them
+        if factored:
+            found += 2 * 2 * self.tokens * n * size  # gradients made again, for both
+        if not self.tail:
+            return found
+        left = 0 if diagonal_left or m > MAX_FULL_SIDE or m == 1 else m
+        right = 0 if k > MAX_FULL_SIDE or k == 1 else k
+        whole = 4 * size * (left + right)  # moments and rotation of one dense gradient
+        if factored and size > FACTORED_SIZE:
+            whole = min(whole, 2 * multiplications(int(self.tokens), m, k, left))
+        return found + n * whole + self.vectors * 4 * size * (left + right) + _EIGEN * (left**3 + right**3)
+
+    def of_all(self, shapes: Sequence[tuple[Sequence[int], bool, bool]]) -> float:
+        """Of parameters given as `(shape, factored, diagonal_left)`, and of the sample space's eigenproblem."""
+        return sum(self.of(*each) for each in shapes) + _EIGEN * self.samples**3
+
+
+def _sides(shape: Sequence[int]) -> tuple[int, int]:
+    """`[m, k]` that a parameter is seen as."""
+    m, k = (shape[0] if shape else 1), 1
+    for side in shape[1:]:
+        k *= side
+    return m, k
