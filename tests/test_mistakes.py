@@ -16,11 +16,13 @@
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from hf_source import Queries, SourceAttributor, SourceTrainer, TrainingRecord
 from hf_source.errors import ConfigError, DataError, RecordError
+from hf_source.evaluation import evaluate
 
-from .cases import byte_tokenizer, config, tiny_gpt2
+from .cases import byte_tokenizer, config, tiny_gpt2, train
 from .story import chats, facts
 
 
@@ -121,11 +123,42 @@ def test_raw_rows_as_queries(story):
         ({"dtype": "float32"}, "dtype='float32'.*torch.float32"),
         ({"dtype": torch.float16}, "dtype=torch.float16.*torch.float32"),
         ({"seed": -1}, "seed=-1 must not be negative"),
+        ({"checkpoints": "segments"}, "checkpoints='segments': .*True or False"),
+        ({"model": tiny_gpt2()}, "model= takes a function"),
+        ({"datasets": facts()}, "datasets={'train': dataset}"),
     ],
 )
 def test_settings_that_cannot_be(story, settings, said):
     with pytest.raises(ConfigError, match=said):
         attributor(story, **settings)
+
+
+@pytest.mark.parametrize("num_samples", [0, "8", 1.5])
+def test_samples_that_cannot_be(story, num_samples):
+    with pytest.raises(ConfigError, match="num_samples="):
+        SourceAttributor(story, num_samples=num_samples)
+
+
+def test_a_path_for_a_record(story):
+    with pytest.raises(ConfigError, match="from_record"):
+        SourceAttributor(story.path)
+
+
+def test_labels_that_queries_lack(tmp_path):
+    sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 32, "vocab_size": 48}
+    model = GPT2ForSequenceClassification(GPT2Config(**sizes, pad_token_id=0, num_labels=2))
+    rows = Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6]] * 4, "label": [0, 1] * 4})
+    record = train(tmp_path, model, rows)[1]
+    with pytest.raises(DataError, match=r"have \['input_ids'\], and no label"):
+        attributor(record).scores(None, Queries.from_rows(rows.remove_columns("label")))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [({"methods": "sauce"}, "method='sauce'"), ({"protocols": "thirds"}, "protocol='thirds'")]
+)
+def test_one_method_needs_no_list(story, given, said):
+    with pytest.raises(ConfigError, match=said):
+        evaluate(attributor(story), ASKED, **given)
 
 
 def test_numbers_that_cannot_be(story):

@@ -128,12 +128,14 @@ class SourceAttributor(RunReader):
     ) -> None:
         if method not in METHODS:
             raise ConfigError(f"method={method!r} is unknown; choose one of {', '.join(sorted(METHODS))}.")
-        if num_samples < 1:
-            raise ConfigError(f"num_samples={num_samples}: at least one sampled gradient is needed (1024 is usual).")
+        if not isinstance(num_samples, int) or num_samples < 1:
+            raise ConfigError(f"num_samples={num_samples!r}: at least one sampled gradient is needed (1024 is usual).")
         if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.float64, torch.bfloat16):
             raise ConfigError(f"dtype={dtype!r}: gradients are taken in torch.float32, float64 or bfloat16.")
         if seed < 0:
             raise ConfigError(f"seed={seed} must not be negative.")
+        if isinstance(record, (str, Path)):
+            raise ConfigError(f"record={str(record)!r} is a path: use SourceAttributor.from_record(path, ...).")
         records = [record] if isinstance(record, TrainingRecord) else list(record)
         if not records:
             raise ConfigError("There is no record: give one, or several runs of the same stages with other seeds.")

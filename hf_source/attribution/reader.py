@@ -23,9 +23,10 @@ from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..gradients import (
     CausalLMTask,
+    HeadTask,
     Loss,
     Measurement,
     RowGradients,
@@ -37,6 +38,7 @@ from ..gradients import (
     refuse_incomplete,
     task_for,
 )
+from ..gradients.heads import LABELS
 from ..recording import StageRecord, TrainingRecord
 from ..recording.quantized import keep_differentiable
 from .asking import query_batches
@@ -54,7 +56,7 @@ class RunReader:
             `SourceAttributor`.
 
     Raises:
-        ConfigError: if a task lacks a method, or the measurement is unknown.
+        ConfigError: if a task lacks a method, the measurement is unknown, or a setting is of another kind.
         DataError: if a dataset is not the one a stage was trained on.
     """
 
@@ -75,6 +77,10 @@ class RunReader:
     ) -> None:
         for own in task.values() if isinstance(task, Mapping) else [task]:
             refuse_incomplete(own)
+        if isinstance(model, nn.Module):
+            raise ConfigError("model= takes a function that makes a stage's model: model=lambda stage: make_model().")
+        if datasets is not None and not isinstance(datasets, Mapping):
+            raise ConfigError("datasets= takes one dataset for each stage, by name: datasets={'train': dataset}.")
         self.record = record
         self._task = task
         self._measurement = make_measurement(measurement)
@@ -164,6 +170,13 @@ class RunReader:
                 raise DataError(
                     f"The queries' rows have {sorted(queries.rows[0])}, not `input_ids`: tokenise them as training "
                     "did, or ask with Queries.from_text(prompts, completions)."
+                )
+            # A collator of one's own may make labels of other columns.
+            labelled = self.data_collator is not None or all(set(row) & set(LABELS) for row in queries.rows)
+            if isinstance(task, HeadTask) and not labelled:
+                raise DataError(
+                    f"The queries' rows have {sorted(queries.rows[0])}, and no label whose loss could be asked for: "
+                    f"give them one of the columns {', '.join(LABELS)}, as training had."
                 )
             return task if isinstance(self._measurement, Loss) else measured(task, self._measurement)
         if not isinstance(task, (CausalLMTask, Seq2SeqTask)):

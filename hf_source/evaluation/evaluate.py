@@ -79,6 +79,8 @@ def evaluate(
     Raises:
         ConfigError: if a protocol, method or setting is unknown, before anything is trained.
     """
+    protocols = [protocols] if isinstance(protocols, str) else protocols
+    methods = [methods] if isinstance(methods, str) else methods
     chosen = protocols_of(protocols, num_subsets=num_subsets, fraction=fraction, num_seeds=num_seeds, seed=seed)
     labelled = attributors_of(attributor, methods)
     queries = attributor.encode(queries)

@@ -54,6 +54,11 @@ class SourceOptions(FastSourceOptions):
 
     checkpoints: bool = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.checkpoints, bool):
+            raise ConfigError(f"checkpoints={self.checkpoints!r}: method='source' takes True or False.")
+
 
 @dataclass(frozen=True)
 class StepwiseOptions:
