@@ -48,8 +48,14 @@ class Call:
 
     @property
     def input(self) -> torch.Tensor:
-        """The first thing that went in."""
-        return self.args[0] if self.args else next(iter(self.kwargs.values()))
+        """The first thing that went in.
+
+        Raises:
+            TypeError: if nothing did: a parametrization's list is called like that, and has no rows.
+        """
+        for given in (*self.args, *self.kwargs.values()):
+            return given
+        raise TypeError(f"{type(self.module).__name__} was called with nothing")
 
     @property
     def grad(self) -> torch.Tensor:
