@@ -26,7 +26,9 @@ margin of the right class, or the absolute error.
 Retrainings and scores are kept in `--cache`, so that a broken run goes on where it was, and more seeds cost no scores;
 `--again` computes scores anew, which a change of the library asks for. `ceiling` is about what a perfect prediction of
 the expected measurement would reach with so few seeds. `members` are the LDS of an ensemble's single models, whose
-scores are averaged; a line of one model is the first of them. The seconds in `paper.json` are of a busy machine.
+scores are averaged; a line of one model is the first of them. With `--same-order`, rows are also left out of the very
+run that was recorded (2 % and halves, same start and order): what a derivative of that run is about. The seconds in
+`paper.json` are of a busy machine.
 """
 
 import argparse
@@ -47,7 +49,7 @@ from paper.model import MEASUREMENTS, empty_model, record_run, rows_of
 from scipy.stats import rankdata
 
 from hf_source import Queries, SourceAttributor, TrainingRecord, __version__
-from hf_source.evaluation import linear_datamodelling_score, removal_masks
+from hf_source.evaluation import StackedRetraining, linear_datamodelling_score, removal_masks
 
 
 Scores = dict[str, np.ndarray]  # stage -> [queries, rows]
@@ -63,7 +65,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "source ekfac": {"curvature": "ekfac"},
     "source joint": {},
     "source joint, no tail": {"tail": False},
+    "unrolled": {"method": "unrolled"},
 }
+SLOW = ("unrolled",)  # only on the small networks
 OF_VALUES = {"trak": {"output": "loss", "measurement": "absolute-error"}}  # there are no log-odds
 ALL_SEGMENTS = ("source ekfac", "source joint")
 ENSEMBLES = ("source ekfac", "source joint", "influence ekfac")
@@ -111,22 +115,30 @@ class Runs:
             return {stage.name: held[stage.name] for stage in self.problem.stages}, float(held["seconds"])
 
     def _attribute(self, method: str, segments: int, member: int) -> tuple[Scores, float]:
-        settings, record = self.benchmark.settings, self.record(segments, member)
         start = time.perf_counter()
+        attributor, record = self.attributor(method, segments, member), self.record(segments, member)
+        found = {stage.name: attributor.scores(None, self.queries, stage.name) for stage in reversed(record.stages)}
+        return found, time.perf_counter() - start
+
+    @property
+    def queries(self) -> Queries:
+        """The test rows."""
+        return Queries.from_rows(rows_of(self.problem.queries))
+
+    def attributor(self, method: str, segments: int, member: int) -> SourceAttributor:
+        """Of a run, asked for the paper's measurement."""
+        settings = self.benchmark.settings
         options = {"measurement": MEASUREMENTS[settings.kind], **METHODS[method]}
         if settings.kind == "value":
             options |= OF_VALUES.get(method, {})
-        attributor = SourceAttributor(
-            record,
+        return SourceAttributor(
+            self.record(segments, member),
             model=lambda stage: empty_model(settings),
             num_samples=self.num_samples,
             memory_budget=2**32,
             progress=False,
             **options,
         )
-        queries = Queries.from_rows(rows_of(self.problem.queries))
-        found = {stage.name: attributor.scores(None, queries, stage.name) for stage in reversed(record.stages)}
-        return found, time.perf_counter() - start
 
     def ensemble(self, method: str, segments: int, members: int) -> tuple[list[Scores], float]:
         """Scores of several runs, and the seconds of all."""
@@ -169,6 +181,36 @@ class Truth:
         return {stage: round(ceiling(values), 4) for stage, values in self.values.items()}
 
 
+def same_order(runs: Runs, segments: int, methods: list[str], cache: Path) -> dict[str, dict[str, Any]]:
+    """LDS of the first run's scores where rows are left out of that very run, by the share left out.
+
+    Args:
+        runs: of a benchmark of one stage.
+        segments: of the run.
+        methods: names in `METHODS`.
+        cache: folder for the retrainings.
+    """
+    settings, attributor = runs.benchmark.settings, runs.attributor("source joint", segments, 0)
+    retraining = StackedRetraining(
+        attributor.record,
+        runs.queries,
+        measurement=attributor.measurement(runs.queries),
+        model=lambda stage: empty_model(settings),
+        progress=False,
+        cache=cache,
+    )
+    found: dict[str, dict[str, Any]] = {}
+    for share in (0.02, 0.5):
+        removed = removal_masks(retraining.num_rows, 64, share)
+        losses = retraining.losses(~removed)
+        for method in methods:
+            scores = runs.scores(method, segments, 0)[0][retraining.stage.name]
+            lds = linear_datamodelling_score(scores, removed, losses)
+            part = {"lds": round(lds.mean, 4), "low": round(lds.low, 4), "high": round(lds.high, 4)}
+            found.setdefault(f"{share:.0%} left out", {})[method] = part
+    return found
+
+
 def ceiling(values: np.ndarray) -> float:
     """About the correlation of the seeds' mean with the mean over all seeds there could be.
 
@@ -188,10 +230,10 @@ def ceiling(values: np.ndarray) -> float:
     return float(np.sqrt((count * single / (1 + (count - 1) * single)).clip(0)).mean())
 
 
-def lines(options: argparse.Namespace) -> list[tuple[str, str, int, int]]:
-    """Label, method, number of segments and of models of every line wanted."""
+def lines(options: argparse.Namespace, large: bool) -> list[tuple[str, str, int, int]]:
+    """Label, method, number of segments and of models of every line wanted; a large network has fewer."""
     found = []
-    for method in METHODS:
+    for method in [method for method in METHODS if not (large and method in SLOW)]:
         for segments in options.segments:
             if segments != options.segments[0] and method not in ALL_SEGMENTS:
                 continue
@@ -217,11 +259,17 @@ def run(name: str, options: argparse.Namespace, report: dict[str, Any], save: Ca
     save()
     with tempfile.TemporaryDirectory() as folder:
         runs = Runs(benchmark, problem, Path(folder), options.num_samples, options.cache / "scores", options.again)
-        for label, method, segments, members in lines(options):
+        wanted = lines(options, benchmark.settings.sizes[0] > 100)
+        for label, method, segments, members in wanted:
             scores, seconds = runs.ensemble(method, segments, members)
             entry["results"][label] = truth.entry(scores) | {"seconds": round(seconds, 1)}
             save()
             print(name, label, entry["results"][label], flush=True)
+        if options.same_order:
+            methods = [method for method in METHODS if method in {line[1] for line in wanted}]
+            entry["same order"] = same_order(runs, options.segments[0], methods, options.cache / "same-order")
+            save()
+            print(name, entry["same order"], flush=True)
 
 
 def settings_of(benchmark: Benchmark, problem: Problem, options: argparse.Namespace) -> dict[str, Any]:
@@ -246,6 +294,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--halves", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=5, help="retrainings of a half")
     parser.add_argument("--only", nargs="+", default=[""], help="lines to run, by a part of the label")
+    parser.add_argument("--same-order", action="store_true", help="leave rows out of the recorded run itself, too")
     parser.add_argument("--again", action="store_true", help="compute scores that the cache holds already")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir(), "hf_source_paper"))
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("paper.json"))
