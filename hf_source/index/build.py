@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.logging import get_logger
 
 from .. import __version__
 from ..curvature import FisherSample
@@ -37,11 +38,14 @@ if TYPE_CHECKING:
     from ..attribution.attributor import SourceAttributor
 
 
+logger = get_logger(__name__)
+
 NUMBERS = 2048
 """Numbers kept of a row: the fewest (in powers of two) that kept 90 % of the LDS in `benchmarks/index.json`."""
 
 METHODS = ("source", "fast-source")
 _CHECKS = 16
+_PATIENCE = 8  # passes worth of samples for each pass over the rows before a warning is given
 _SEED = 104729  # of the sample at the final weights, apart from those of segments
 
 
@@ -71,8 +75,10 @@ def build_index(
     coordinates = _coordinates(attributor, responses, folder)
     checks = _check_queries(responses)
     files = list(_files(responses, content["rows_per_file"]))
-    todo = [job for job in files if not (folder / job[0]).exists()]
-    for name, position, own in attributor.progress(attributor.share(todo), "indexing rows"):
+    # Shared before those that exist are left out, or processes that look at other times would share differently.
+    todo = [job for job in attributor.share(files) if not (folder / job[0]).exists()]
+    _warn_of_time(attributor, content["rows_per_file"], len(todo))
+    for name, position, own in attributor.progress(todo, "indexing rows"):
         found = responses.of(position, own)
         exact = products(checks, found).float().cpu().numpy()
         kept = SparseRows.largest(coordinates.of_responses(found), numbers, precision)
@@ -97,6 +103,17 @@ def _check(attributor: "SourceAttributor", numbers: int, precision: str) -> None
         raise ConfigError(f"numbers={numbers}: at least one number of a row has to be kept ({NUMBERS} is usual).")
     if precision not in PRECISIONS:
         raise ConfigError(f"precision={precision!r} is unknown; choose one of {', '.join(PRECISIONS)}.")
+
+
+def _warn_of_time(attributor: "SourceAttributor", at_once: int, num_files: int) -> None:
+    """Every file costs two passes over the sample of each segment, most of the time where a file has few rows."""
+    ratio = 2 * attributor.num_samples / at_once
+    if num_files > 1 and ratio > _PATIENCE and attributor.curvature_name not in ("identity", "diagonal", "ekfac"):
+        logger.warning(
+            f"Responses of {at_once} rows fit the memory budget at once, and every so many cost two passes over "
+            f"{attributor.num_samples} sampled rows: building takes about {ratio:.0f} times as long as a pass over "
+            f"the rows. Raise memory_budget (now {attributor.memory_budget / 2**30:.1f} GiB), or lower num_samples."
+        )
 
 
 def _coordinates(attributor: "SourceAttributor", responses: Responses, folder: Path) -> Coordinates:

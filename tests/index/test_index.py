@@ -28,9 +28,10 @@ from datasets import Dataset
 from scipy.stats import spearmanr
 from typer.testing import CliRunner
 
-from hf_source import Queries, SourceAttributor, SourceIndex
+from hf_source import Queries, SourceAttributor, SourceIndex, TrainingRecord
 from hf_source.cli import app
 from hf_source.errors import ConfigError, DataError, UnsupportedError
+from hf_source.evaluation import evaluate
 from hf_source.index import files
 
 from ..cases import byte_tokenizer, config, tiny_gpt2
@@ -118,6 +119,25 @@ def test_memory_for_fewer_rows_changes_no_score(story, built, queries, tmp_path)
     for stage in ("pretrain", "sft"):
         one, many = (attributor(story, index=folder).scores(None, queries, stage) for folder in (other, built))
         np.testing.assert_allclose(one, many, atol=2e-2 * np.abs(one).max())
+
+
+def test_an_index_is_evaluated_like_any_method(story, built, queries, tmp_path):
+    """Its LDS on one's own run, beside that of the full computation; shown with its scores from then on."""
+    record = TrainingRecord.load(shutil.copytree(story.path, tmp_path / "record"))
+    methods = {"full": {}, "index": {"index": str(built)}}
+    given = {"num_subsets": 4, "fraction": 0.3, "progress": False, "cache": tmp_path / "cache"}
+    report = evaluate(attributor(record), queries, stage="sft", methods=methods, **given)
+    assert {entry.method for entry in report.entries} == {"full", "index"}
+    said = attributor(record, index=built).trust(["sft"])
+    assert "From an index" in said and "LDS of" in said
+    assert "LDS of" not in attributor(story, index=built).trust(["sft"])
+
+
+def test_few_rows_at_once_are_warned_of(story, tmp_path, caplog):
+    maker = attributor(story, num_samples=100)
+    maker.memory_budget = 6 * 4 * 8500
+    maker.build_index(tmp_path / "index", numbers=50)
+    assert "Raise memory_budget" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------- cut off and changed
@@ -218,7 +238,7 @@ def test_nothing_there(tmp_path):
 
 
 def test_an_index_of_another_record_is_refused(built, tmp_path):
-    from hf_source import SourceTrainer, TrainingRecord
+    from hf_source import SourceTrainer
 
     args = config(tmp_path, stage="pretrain", max_steps=4)
     model = tiny_gpt2(vocab_size=260, n_positions=32)
