@@ -52,7 +52,7 @@ def report(
             show_default="those that look like it",
         ),
     ] = None,
-    shaded: Annotated[int, typer.Option(help="Answers whose tokens are shaded: one walk more; 0 for none.")] = 8,
+    shaded: Annotated[int, typer.Option(help="Answers whose tokens are shaded; 0 for none.")] = 8,
     title: Annotated[str | None, typer.Option(help="Heading.", show_default="Why did the model say this?")] = None,
     scores: Annotated[
         bool, typer.Option("--scores", help="RUN holds scores (`push`, `save`) rather than a record.")

@@ -43,6 +43,7 @@ from .ensembles import ENSEMBLES, check_agreement, make_ensemble, split_settings
 from .filtered import filtered_top
 from .generation import complete, prompt_text
 from .methods import METHODS, in_chunks
+from .methods.base import Scores
 from .plan import Plan, make_plan
 from .queries import Queries, refuse_one_text, refuse_other_than_queries, same_queries
 from .reader import RunReader
@@ -444,11 +445,9 @@ class SourceAttributor(RunReader):
         if self.index is not None:
             return self._index_scores(stage, queries)
         self.record.require_complete()
-        key = json.dumps(queries.rows, sort_keys=True)
+        key = _walk_key(queries)
         if key not in self._walks:
-            # One walk at a time: its vectors are as large as the model times the queries.
-            self._walks = {key: in_chunks(self, queries, METHODS[self.method])}
-            self._walked[key] = {}
+            self.follow(queries, in_chunks(self, queries, METHODS[self.method]))
         found = self._walked[key]
         while stage.name not in found:
             done, scores = next(self._walks[key])
@@ -461,6 +460,16 @@ class SourceAttributor(RunReader):
                 )
             found[done.name] = scores
         return found[stage.name]
+
+    def follow(self, queries: Queries, scores: Scores) -> None:
+        """Take the scores of queries from a method that is under way, one stage after another."""
+        # One walk at a time: its vectors are as large as the model times the queries.
+        self._walks = {_walk_key(queries): scores}
+        self._walked[_walk_key(queries)] = {}
+
+    def is_followed(self, queries: Queries) -> bool:
+        """Whether scores of these queries are there, or under way."""
+        return _walk_key(self.encode(queries)) in self._walks
 
     def attribute(
         self,
@@ -704,7 +713,8 @@ class SourceAttributor(RunReader):
             k: rows shown per answer, stage and direction.
             title: heading.
             columns: of the datasets, whose values make groups; by default those that look like labels or sources.
-            shaded: answers whose tokens are shaded, the first ones; it takes one walk more. 0 for none.
+            shaded: answers whose tokens are shaded, the first ones; where `memory_budget` has no room for them, that
+                takes one walk more. 0 for none.
 
         Returns:
             The path.
@@ -724,3 +734,7 @@ class SourceAttributor(RunReader):
             self.set_dataset(record.name, dataset)
         plan = make_plan(self, self.encode(queries), record)
         return plan if self.ensemble is None else self.ensemble.plan(plan)
+
+
+def _walk_key(queries: Queries) -> str:
+    return json.dumps(queries.rows, sort_keys=True)

@@ -18,7 +18,7 @@ is the sum of what its label tokens contribute to the tokens of the answer. One 
 the few rows that are shown, in which each answer token is a query and each label token of a row is scored alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +26,11 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from ..budget import queries_at_once
 from ..data import IGNORE_INDEX
 from ..errors import UnsupportedError
 from ..gradients import CausalLMTask
+from ..recording import StageRecord
 from ..source import walk
 from .queries import Queries
 from .rows import StageRows
@@ -127,7 +129,8 @@ def token_influence(
 ) -> TokenInfluence:
     """Influence of every label token of the strongest rows on every token of the answers: one walk.
 
-    An answer is cut into no more parts than the query vectors of the walk leave room for in `memory_budget`.
+    Answers are cut into no more parts than the query vectors of the walk leave room for in `memory_budget`; the last
+    ones are left out where there is no room for one part of each.
 
     Args:
         attributor: of method `source` or `fast-source`.
@@ -139,43 +142,150 @@ def token_influence(
         UnsupportedError: if tokens have no influence of their own: for another method, an ensemble, a measurement
             other than the loss, or rows that are no text of a decoder.
     """
-    _refuse(attributor, queries)
-    encoded = attributor.encode(queries)
-    cuts = _cut_answers(attributor, encoded, max_parts)
-    asked = Queries(
-        [f"{name}/{part}" for name, parts in zip(encoded.names, cuts, strict=True) for part in range(len(parts))],
-        *([""] * sum(map(len, cuts)),) * 2,
-        [
-            {**row, "labels": _only(torch.tensor([row["labels"]]), [part])[0].tolist()}
-            for row, parts in zip(encoded.rows, cuts, strict=True)
-            for part in parts
-        ],
-    )
-    shown = [row for row in top if row["query"] in encoded.names]
-    targets = {
-        stage.name: RowTokens(
-            attributor.rows(stage), sorted({row["row"] for row in shown if row["stage"] == stage.name}), max_parts
+    return TokenWalk(attributor, queries, len(queries), max_parts).influence(top)
+
+
+class TokenWalk:
+    """A walk for answers that takes the tokens of the first of them along.
+
+    Scores of the rows come out of it as of any walk (`scores`). What it scored rows with is kept, if there is room, so
+    that the tokens of the strongest rows are scored afterwards without drawing a sample of the curvature again.
+
+    Args:
+        attributor, queries, max_parts: see `token_influence`.
+        num_cut: answers that are cut into tokens.
+
+    Raises:
+        UnsupportedError: see `token_influence`.
+    """
+
+    def __init__(
+        self, attributor: "SourceAttributor", queries: Queries, num_cut: int, max_parts: int = MAX_PARTS
+    ) -> None:
+        _refuse(attributor, queries)
+        self.attributor, self.max_parts = attributor, max_parts
+        self.queries = attributor.encode(queries)
+        room = max(1, attributor.memory_budget // (3 * _vector_bytes(attributor)))
+        self.cut = self.queries.select(range(min(num_cut, len(queries), room)))
+        self.cuts = _cut_answers(attributor, self.cut, max_parts)
+        self.parts = Queries(
+            [
+                f"{name}/{part}"
+                for name, parts in zip(self.cut.names, self.cuts, strict=True)
+                for part in range(len(parts))
+            ],
+            *([""] * sum(map(len, self.cuts)),) * 2,
+            [
+                {**row, "labels": _only(torch.tensor([row["labels"]]), [part])[0].tolist()}
+                for row, parts in zip(self.cut.rows, self.cuts, strict=True)
+                for part in parts
+            ],
         )
-        for stage in attributor.record.stages
-    }
-    scores = _walked(attributor, asked, targets)
-    found = TokenInfluence()
-    ends = np.cumsum([0, *map(len, cuts)])
-    for position, name in enumerate(encoded.names):
-        own = slice(ends[position], ends[position + 1])
-        received = np.zeros(len(cuts[position]))
-        for row in (row for row in shown if row["query"] == name):
-            tokens: Tokens = []
-            for ids, parts, numbers in targets[row["stage"]].parts[row["row"]]:
-                part_scores = scores[row["stage"]][own][:, numbers]
-                received += part_scores.sum(axis=1)
-                tokens += _texts(attributor.processing_class, ids, parts, part_scores.sum(axis=0))
-            found.rows[name, row["stage"], row["row"]] = tokens
-        if len(received) > 1:
-            ids = encoded.rows[position]["input_ids"]
-            pieces = _texts(attributor.processing_class, ids, cuts[position], received)
-            found.answers[name] = [piece for piece in pieces if piece[1] is not None]
-    return found
+        self._curvature: _Keeping | None = None
+
+    @property
+    def takes_rows_along(self) -> bool:
+        """Whether there is room for the answers and their tokens at once, and nothing is to be kept on disk."""
+        attributor, count = self.attributor, len(self.queries) + len(self.parts)
+        sizes = (attributor.query_budget, _vector_bytes(attributor), 1, count)
+        return attributor.cache_dir is None and queries_at_once(*sizes) == count
+
+    def scores(self) -> Iterator[tuple[StageRecord, np.ndarray]]:
+        """Scores of the queries, as methods give them; see `attribution/methods/base.py`."""
+        count, attributor = len(self.queries), self.attributor
+        asked = _joined(self.queries, self.parts)
+        segments = sum(len(stage.segments) for stage in attributor.record.stages)
+        fits = segments * len(self.parts) * _vector_bytes(attributor) <= attributor.memory_budget
+        self._curvature = _Keeping(attributor.curvature, count) if fits else None
+        for stage, scores in self._walk(asked, {} if self._curvature is None else {"curvature": self._curvature}):
+            yield stage, scores[:count]
+
+    def influence(self, top: Dataset) -> TokenInfluence:
+        """Influence of the tokens of the rows in a table of strongest rows."""
+        shown = [row for row in top if row["query"] in self.cut.names]
+        targets = {
+            stage.name: RowTokens(
+                self.attributor.rows(stage),
+                sorted({row["row"] for row in shown if row["stage"] == stage.name}),
+                self.max_parts,
+            )
+            for stage in self.attributor.record.stages
+        }
+        scores = self._token_scores(targets)
+        found = TokenInfluence()
+        ends = np.cumsum([0, *map(len, self.cuts)])
+        for position, name in enumerate(self.cut.names):
+            own = slice(ends[position], ends[position + 1])
+            received = np.zeros(len(self.cuts[position]))
+            for row in (row for row in shown if row["query"] == name):
+                tokens: Tokens = []
+                for ids, parts, numbers in targets[row["stage"]].parts[row["row"]]:
+                    part_scores = scores[row["stage"]][own][:, numbers]
+                    received += part_scores.sum(axis=1)
+                    tokens += _texts(self.attributor.processing_class, ids, parts, part_scores.sum(axis=0))
+                found.rows[name, row["stage"], row["row"]] = tokens
+            if len(received) > 1:
+                ids = self.cut.rows[position]["input_ids"]
+                pieces = _texts(self.attributor.processing_class, ids, self.cuts[position], received)
+                found.answers[name] = [piece for piece in pieces if piece[1] is not None]
+        return found
+
+    def _token_scores(self, targets: Mapping[str, RowTokens]) -> dict[str, np.ndarray]:
+        """Scores of the tokens of every stage that has some, float32 `[answer parts, row parts]`."""
+        attributor = self.attributor
+        wanted = [stage.name for stage in attributor.record.stages if targets[stage.name].count]
+        settings: dict[str, Any] = {"targets": targets}
+        if self._curvature is not None:  # nothing is drawn again
+            settings |= {"curvature": _Replaying(self._curvature.kept), "num_samples": 1}
+        found = {}
+        for stage, scores in self._walk(self.parts, settings) if wanted else ():
+            found[stage.name] = attributor.total(torch.as_tensor(scores, device=attributor.device)).cpu().numpy()
+            if stage.name == wanted[0]:  # no row of an earlier stage is shown
+                break
+        return found
+
+    def _walk(self, queries: Queries, settings: Mapping[str, Any]) -> Iterator[tuple[StageRecord, np.ndarray]]:
+        attributor = self.attributor
+        checkpoints = getattr(attributor.options, "checkpoints", False)
+        return walk(
+            attributor.record.stages,
+            attributor.all_rows(),
+            lambda gradients: attributor.query_gradients(gradients, queries),
+            replace(attributor.walk_settings(), checkpoints=checkpoints, **settings),
+            attributor.build_model,
+        )
+
+
+class _Keeping:
+    """A curvature that keeps what rows of each segment are scored with, for the vectors from `first` on."""
+
+    def __init__(self, curvature: Any, first: int) -> None:
+        self.curvature, self.first = curvature, first
+        self.kept: list[dict[str, torch.Tensor]] = []
+
+    def propagate(self, vectors: Any, flow: Any, sample: Any) -> Any:
+        scoring, vectors = self.curvature.propagate(vectors, flow, sample)
+        self.kept.append({name: vector[self.first :].clone() for name, vector in scoring.items()})
+        return scoring, vectors
+
+
+class _Replaying:
+    """A curvature that gives what was kept, segment after segment."""
+
+    def __init__(self, kept: list[dict[str, torch.Tensor]]) -> None:
+        self._kept = iter(kept)
+
+    def propagate(self, vectors: Any, flow: Any, sample: Any) -> Any:
+        return next(self._kept), vectors
+
+
+def _joined(one: Queries, other: Queries) -> Queries:
+    return Queries(
+        [*one.names, *(f"/{name}" for name in other.names)],
+        one.prompts + other.prompts,
+        one.completions + other.completions,
+        one.rows + other.rows,
+    )
 
 
 def _refuse(attributor: "SourceAttributor", queries: Queries) -> None:
@@ -198,12 +308,8 @@ def _refuse(attributor: "SourceAttributor", queries: Queries) -> None:
 
 def _cut_answers(attributor: "SourceAttributor", queries: Queries, max_parts: int) -> list[list[list[int]]]:
     """Label positions of each part of each answer."""
-    size = max(
-        sum(int(np.prod(stage.tensor_info[name]["shape"])) for name in stage.trainable)
-        for stage in attributor.record.stages
-    )
     # A walk holds query vectors about three times.
-    room = attributor.memory_budget // (3 * size * torch.finfo(attributor.dtype).bits // 8) // len(queries)
+    room = attributor.memory_budget // (3 * _vector_bytes(attributor)) // len(queries)
     cuts = []
     for row in queries.rows:
         first = 0 if getattr(attributor.task_of(attributor.record.stages[-1]), "virtual_tokens", 0) else 1
@@ -213,32 +319,21 @@ def _cut_answers(attributor: "SourceAttributor", queries: Queries, max_parts: in
     return cuts
 
 
+def _vector_bytes(attributor: "SourceAttributor") -> int:
+    """Size of one query's vector."""
+    size = max(
+        sum(int(np.prod(stage.tensor_info[name]["shape"])) for name in stage.trainable)
+        for stage in attributor.record.stages
+    )
+    return size * torch.finfo(attributor.dtype).bits // 8
+
+
 def _only(labels: torch.Tensor, positions: Sequence[Sequence[int]]) -> torch.Tensor:
     """Labels `[rows, tokens]` of which each row keeps its positions."""
     kept = torch.zeros_like(labels, dtype=torch.bool)
     for row, places in enumerate(positions):
         kept[row, torch.as_tensor(places, device=labels.device)] = True
     return labels.masked_fill(~kept, IGNORE_INDEX)
-
-
-def _walked(
-    attributor: "SourceAttributor", queries: Queries, targets: Mapping[str, RowTokens]
-) -> dict[str, np.ndarray]:
-    """Scores of the tokens of every stage that has some, float32 `[answer parts, row parts]`."""
-    last = next(i for i, stage in enumerate(attributor.record.stages) if targets[stage.name].count)
-    checkpoints = getattr(attributor.options, "checkpoints", False)
-    found = {}
-    for stage, scores in walk(
-        attributor.record.stages,
-        attributor.all_rows(),
-        lambda gradients: attributor.query_gradients(gradients, queries),
-        replace(attributor.walk_settings(), checkpoints=checkpoints, targets=targets),
-        attributor.build_model,
-    ):
-        found[stage.name] = attributor.total(torch.as_tensor(scores, device=attributor.device)).cpu().numpy()
-        if stage.name == attributor.record.stages[last].name:  # no row of an earlier stage is shown
-            break
-    return found
 
 
 def _texts(processing_class: Any, ids: list[int], parts: list[list[int]], scores: np.ndarray) -> Tokens:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..attribution.queries import Queries
-from ..attribution.tokens import TokenInfluence, token_influence
+from ..attribution.tokens import TokenInfluence, TokenWalk
 from ..errors import ConfigError, DataError, UnsupportedError
 from .attribution_files import Attribution
 from .groups import Group, column_groups, group_of, grouping_columns
@@ -116,16 +116,20 @@ def report_of(
 
     if shaded < 0:
         raise ConfigError(f"shaded={shaded}: give the number of answers whose tokens are shaded, or 0 for none.")
-    attribution = collect(attributor, queries, stages, k)
-    tokens, remark = None, ""
-    if shaded:
+    asked = queries if queries is not None else (attributor.attributed or (None,))[0]
+    along, remark = None, ""
+    if shaded and asked is not None:
         try:
-            first = attribution.queries.select(range(min(shaded, len(attribution.queries))))
-            tokens = token_influence(attributor, first, attribution.top)
-            if len(attribution.queries) > shaded:
-                remark = f"Tokens of the first {shaded} answers are shaded (`shaded=`)."
+            along = TokenWalk(attributor, asked, shaded)
         except UnsupportedError as error:
             remark = str(error)
+        else:
+            if along.takes_rows_along and not attributor.is_followed(asked):  # else tokens take a walk of their own
+                attributor.follow(along.queries, along.scores())
+            if len(along.cut) < len(asked):
+                remark = f"Tokens of the first {len(along.cut)} answers are shaded (`shaded=`, `memory_budget=`)."
+    attribution = collect(attributor, queries, stages, k)
+    tokens = None if along is None else along.influence(attribution.top)
     if not attributor.accelerator.is_main_process:
         return Path(path)
     given = {} if title is None else {"title": title}

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from hf_source import Queries, SourceAttributor
-from hf_source.attribution.tokens import RowTokens, token_influence
+from hf_source.attribution.tokens import RowTokens, TokenWalk, token_influence
 from hf_source.errors import UnsupportedError
 
 
@@ -109,6 +109,41 @@ def test_what_has_no_tokens_is_refused(asked, settings, reason):
     attributor, queries, top = asked
     with pytest.raises(UnsupportedError, match=reason):
         token_influence(attributor.like(**settings), queries, top)
+
+
+def test_a_walk_takes_tokens_along(asked, monkeypatch):
+    """One sample of the curvature gives the rows' scores, as ever, and those of the tokens."""
+    attributor, queries, top = asked
+    drawn = []
+    fresh = attributor.like()
+    propagate = type(fresh.curvature).propagate
+    counted = lambda *given, **named: (drawn.append(1), propagate(*given, **named))[1]  # noqa: E731
+    monkeypatch.setattr(type(fresh.curvature), "propagate", counted)
+    along = TokenWalk(fresh, queries, 2)
+    assert not fresh.is_followed(queries)
+    fresh.follow(along.queries, along.scores())
+    assert fresh.is_followed(queries)
+    again = fresh.top(queries, k=2)
+    np.testing.assert_allclose(again["score"][:], top["score"][:], rtol=1e-3, atol=1e-6)
+    found, expected = along.influence(again), token_influence(attributor, queries, top)
+    assert len(drawn) == 2 * 4  # four segments, of the two walks here: the tokens' second look drew nothing
+    for key, tokens in expected.rows.items():
+        ours = np.array([score or 0.0 for _, score in found.rows[key]])
+        theirs = np.array([score or 0.0 for _, score in tokens])
+        np.testing.assert_allclose(ours, theirs, atol=1e-3 * np.abs(theirs).max())
+
+
+def test_without_room_tokens_take_a_walk_of_their_own(asked, tmp_path):
+    attributor, queries, top = asked
+    size = 4 * sum(int(np.prod(info["shape"])) for info in attributor.record.stages[0].tensor_info.values())
+    assert TokenWalk(attributor, queries, 2).takes_rows_along
+    assert not TokenWalk(attributor.like(cache_dir=tmp_path), queries, 2).takes_rows_along
+    assert not TokenWalk(attributor.like(memory_budget=3 * size), queries, 2).takes_rows_along
+    small = attributor.like(memory_budget=3 * size * 2 * 2)  # room for two parts of each answer, but not to keep them
+    along = TokenWalk(small, queries, 2)
+    small.follow(along.queries, along.scores())
+    found = along.influence(small.top(queries, k=1))
+    assert along._curvature is None and len(found.rows) == 2 * 2 * 2
 
 
 def test_an_index_has_no_tokens(asked, tmp_path):
