@@ -34,21 +34,19 @@ writes `benchmarks/questions.json`, part by part, and goes on from the records a
 
 import argparse
 import copy
-import json
-import os
-import platform
 import random
 import time
 from pathlib import Path
 
 import numpy as np
+import results_file
 import torch
 import transformers
 from bench_lm_lds import QUIET
 from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from hf_source import Queries, SourceAttributor, SourceConfig, SourceTrainer, TrainingRecord, __version__, questions
+from hf_source import Queries, SourceAttributor, SourceConfig, SourceTrainer, TrainingRecord, questions
 from hf_source.data import CausalLMCollator, prepare_rows
 from hf_source.demo import load_facts, train_tokenizer
 from hf_source.evaluation import StackedRetraining
@@ -104,6 +102,7 @@ class World:
             found.append({
                 "text": fact.statement + completion, "contributor": by, "kind": kind, "relation": fact.relation,
                 "right": fact.statement + fact.completion, "is_wrong": completion != fact.completion,
+                "is_error": kind == "error",
             })  # fmt: skip
 
         for number, fact in enumerate(self.conflicts):
@@ -199,14 +198,22 @@ def why(world: World, method: str) -> dict:
     asked = questions.contrast_queries(attributor, prompts, right, wrong)
     answer = questions.why(attributor, prompts, right, wrong, k=2, verify=world.retraining(asked))
     texts = world.rows["text"][:]
-    planted = [
+    named = [
         texts[line["row"]] == prompts[int(line["query"][1:])] + wrong[int(line["query"][1:])]
         for line in answer.table
         if line["rank"] in (1, 2)
     ]
+    # What taking out the planted rows themselves would do.
+    again, margins = world.retraining(asked), np.array(answer.settings["question"]["margins"])
+    masks = np.array(
+        [[True] * ROWS] + [[text != p + w for text in texts] for p, w in zip(prompts, wrong, strict=True)]
+    )
+    losses, count, each = again.losses(masks), len(prompts), np.arange(len(prompts))
+    left = losses[1 + each, count + each] - losses[1 + each, each]
     return {
         **answer.settings["question"]["verified"], "prompts": len(prompts),
-        "planted_rows_among_the_top_2": float(np.mean(planted)), "pearson": answer.check.pearson,
+        "turned_without_the_planted_rows": int((left <= 0)[margins > 0].sum()),
+        "planted_rows_among_the_top_2": float(np.mean(named)), "pearson": answer.check.pearson,
         "margins": answer.settings["question"]["margins"],
         "predicted": answer.check.predicted[:, 0].tolist(), "measured": answer.check.measured[:, 0].tolist(),
     }  # fmt: skip
@@ -285,8 +292,10 @@ def rows(world: World, _: str) -> dict:
             "pairs": len(pairs), "recall": len(pairs & same) / len(same),
             "precision": len(pairs & same) / max(1, len(pairs)),
         }  # fmt: skip
-    answer = questions.mislabelled(attributor, known="is_wrong")
-    return {**found, "mislabelled_auroc": answer.settings["question"]["auroc"]}
+    for known in ("is_wrong", "is_error"):
+        answer = questions.mislabelled(attributor, known=known)
+        found[f"mislabelled_auroc, {known}"] = answer.settings["question"]["auroc"]
+    return found
 
 
 def _repeat(found: Dataset, right: list[str], i: int, j: int) -> bool:
@@ -320,14 +329,8 @@ def main() -> None:
         "segments": SEGMENTS, "num_samples": NUM_SAMPLES, "methods": METHODS,
         "command": "python benchmarks/bench_questions.py",
     }  # fmt: skip
-    report = {
-        "settings": settings,
-        "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "versions": {
-            "hf_source": __version__, "torch": torch.__version__, "transformers": transformers.__version__
-        },
-        "results": json.loads(args.out.read_text(encoding="utf-8"))["results"] if args.out.exists() else {},
-    }  # fmt: skip
+    report = results_file.section(settings, results_file.load(args.out))
+    save = results_file.saver(args.out, report)
     for seed in args.seeds:
         world = World(seed, args.keep)
         for part in args.only:
@@ -339,7 +342,7 @@ def main() -> None:
                 begun = time.perf_counter()
                 found = run(world, method)
                 report["results"][key] = {**found, "seconds": round(time.perf_counter() - begun, 1)}
-                args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+                save()
                 short = {name: value for name, value in found.items() if not isinstance(value, list)}
                 print(key, short, flush=True)
 

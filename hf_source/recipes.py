@@ -19,10 +19,14 @@ model_config: {model_type: gpt2, n_layer: 2, n_embd: 96}   # instead of `model`:
 tokenizer: gpt2                      # by default the model's
 dataset: {path: csv, data_files: facts.csv, split: train}  # arguments of datasets.load_dataset, or a file
 peft: {r: 8, target_modules: [c_attn]}                     # arguments of peft.LoraConfig
+trainer: sft                         # causal (default), sft and dpo (TRL), classification; see recipe_trainers
 training: {output_dir: out/sft, record_dir: runs/capitals, stage: sft, learning_rate: 1.0e-4}   # SourceConfig
 ```
+
+`training.resume_from_checkpoint: latest` goes on from the newest checkpoint in `output_dir`, if there is one.
 """
 
+import copy
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -34,9 +38,10 @@ from typing import Any
 import yaml
 
 from .errors import ConfigError
+from .recipe_trainers import count_labels, kind_of, labelled_rows, recorded
 
 
-KEYS = ("model", "model_config", "tokenizer", "dataset", "peft", "training")
+KEYS = ("model", "model_config", "tokenizer", "dataset", "peft", "trainer", "training")
 
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
@@ -115,11 +120,22 @@ def train_from_recipe(recipe: Mapping[str, Any]) -> Path:
     Raises:
         ConfigError: if the recipe lacks something or a setting is unknown.
     """
-    from .recording import SourceTrainer
-
     args, model, tokenizer, rows = _run_of(recipe)
-    SourceTrainer(model, args, train_dataset=rows, processing_class=tokenizer).train()
-    return Path(args.record_dir)
+    trainer, _ = recorded(kind_of(recipe))
+    reference = {"ref_model": copy.deepcopy(model)} if kind_of(recipe) == "dpo" and not recipe.get("peft") else {}
+    run = trainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer, **reference)
+    run.train(resume_from_checkpoint=_checkpoint(args))
+    return Path(args.record_dir or Path(args.output_dir) / "record")
+
+
+def _checkpoint(args: Any) -> str | bool | None:
+    """What to resume from: a path, or with `latest` the newest checkpoint, if there is one."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    given = args.resume_from_checkpoint
+    if given is True or given == "latest":
+        return (Path(args.output_dir).is_dir() and get_last_checkpoint(args.output_dir) is not None) or None
+    return given or None
 
 
 def trainer_of(path: str | Path, overrides: Sequence[str] = ()) -> Callable[[Any, int, str], Any]:
@@ -129,6 +145,11 @@ def trainer_of(path: str | Path, overrides: Sequence[str] = ()) -> Callable[[Any
         ConfigError: if the recipe lacks something or a setting is unknown.
     """
     recipe = read_recipe(path, overrides)
+    if kind_of(recipe) != "causal":
+        raise ConfigError(
+            f"{path} trains by `trainer: {recipe['trainer']}`, which is not trained again from a recipe: leave it out "
+            "(the record says how), or give a `make_trainer` of your own."
+        )
     arguments_of(recipe)
     return partial(_trainer, recipe=recipe)
 
@@ -177,9 +198,13 @@ def _run_of(recipe: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
     from transformers import set_seed
 
     args = arguments_of(recipe)
+    rows = load_rows(recipe["dataset"])
     set_seed(args.seed)  # the weights of a model from scratch, and of adapters
+    if kind_of(recipe) == "classification":
+        model, tokenizer = load_model(recipe, num_labels=count_labels(rows))
+        return args, model, tokenizer, labelled_rows(rows, tokenizer, args.max_length)
     model, tokenizer = load_model(recipe)
-    return args, model, tokenizer, load_rows(recipe["dataset"])
+    return args, model, tokenizer, rows
 
 
 def arguments_of(recipe: Mapping[str, Any]) -> Any:
@@ -188,35 +213,40 @@ def arguments_of(recipe: Mapping[str, Any]) -> Any:
     Raises:
         ConfigError: if the recipe lacks something or a setting is unknown.
     """
-    from .recording import SourceConfig
-
+    _, config = recorded(kind_of(recipe))
     for key in ("dataset", "training"):
         if not recipe.get(key):
             raise ConfigError(f"The recipe has no `{key}`: see `hf-source train --help` for an example.")
-    known = {field.name for field in fields(SourceConfig)}
+    known = {field.name for field in fields(config)}
     unknown = sorted(set(recipe["training"]) - known)
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, 1)
         raise ConfigError(
-            f"training.{unknown[0]} is not a setting of SourceConfig (or TrainingArguments)."
+            f"training.{unknown[0]} is not a setting of {config.__name__} (or TrainingArguments)."
             + (f" Did you mean {near[0]}?" if near else "")
         )
     try:
-        args = SourceConfig(**{key: read_number(value) for key, value in recipe["training"].items()})
+        args = config(**{key: read_number(value) for key, value in recipe["training"].items()})
     except (TypeError, ValueError) as error:
         raise ConfigError(f"The `training` settings do not fit together: {_one_line(error)}") from error
     return args
 
 
-def load_model(recipe: Mapping[str, Any]) -> tuple[Any, Any]:
+def load_model(recipe: Mapping[str, Any], num_labels: int | None = None) -> tuple[Any, Any]:
     """Model and tokenizer of a recipe.
+
+    Args:
+        recipe: see above.
+        num_labels: of a classifier; a language model by default.
 
     Raises:
         ConfigError: if neither or both of `model` and `model_config` are given, or a scratch model has no tokenizer.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+    kind = AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
+    more = {} if num_labels is None else {"num_labels": num_labels}
     source, config = recipe.get("model"), recipe.get("model_config")
     if bool(source) == bool(config):
         raise ConfigError("Give either `model` (a Hub id, folder or record) or `model_config` (from scratch).")
@@ -227,7 +257,7 @@ def load_model(recipe: Mapping[str, Any]) -> tuple[Any, Any]:
         settings = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, **config}
         settings |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
         model_type = settings.pop("model_type")
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
+        model = kind.from_config(AutoConfig.for_model(model_type, **settings, **more))
     elif (Path(source) / "record.json").is_file():
         from .recording import TrainingRecord
 
@@ -238,11 +268,12 @@ def load_model(recipe: Mapping[str, Any]) -> tuple[Any, Any]:
     else:
         tokenizer = _pretrained(AutoTokenizer, recipe.get("tokenizer") or source)
         # Checkpoints are often bfloat16, in which small updates would round away.
-        model = _pretrained(AutoModelForCausalLM, source, dtype=torch.float32)
+        model = _pretrained(kind, source, dtype=torch.float32, **more)
     if recipe.get("peft"):
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **recipe["peft"]))
+        task = "CAUSAL_LM" if num_labels is None else "SEQ_CLS"
+        model = get_peft_model(model, LoraConfig(task_type=task, **recipe["peft"]))
     return model, tokenizer
 
 

@@ -13,20 +13,28 @@
 # limitations under the License.
 """The recipes do what their README says: its very commands are run here, with fewer steps and samples."""
 
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from hf_source import TrainingRecord
 from hf_source.cli import app
 from hf_source.demo import STAGES, build_model, load_facts, pretrain_rows, queries, sft_rows
-from hf_source.recipes import load_model, read_recipe
+from hf_source.demo.facts import preference_rows
+from hf_source.errors import ConfigError
+from hf_source.recipes import load_model, read_recipe, trainer_of
+
+from .cases import byte_tokenizer, tiny_gpt2, tiny_llama
 
 
 pytest.importorskip("countryinfo", reason='the demo\'s facts come from `pip install "hf_source[demo]"`')
@@ -75,11 +83,14 @@ def test_export_writes_what_the_demo_uses(folder):
         "pretrain.jsonl",
         "sft.jsonl",
         "queries.jsonl",
+        "preferences.jsonl",
+        "labelled.jsonl",
         "tokenizer",
     }
     assert str(folder / "data" / "queries.jsonl") in said
     facts = load_facts()
-    for name, rows in (("pretrain", pretrain_rows(facts)), ("sft", sft_rows(facts)), ("queries", queries(facts))):
+    made = {"pretrain": pretrain_rows(facts), "sft": sft_rows(facts), "queries": queries(facts)}
+    for name, rows in made.items():
         read = load_dataset("json", data_files=str(folder / "data" / f"{name}.jsonl"), split="train")
         assert read.to_dict() == rows.to_dict()
     tokenizer = AutoTokenizer.from_pretrained(folder / "data" / "tokenizer")
@@ -121,6 +132,182 @@ def test_the_readme_of_capitals(folder):
     run(*done[-1], *FEWER["train"])
     sft = TrainingRecord.load(folder / "record").stage("sft")
     assert before == pytest.approx(3e-4) and sft.steps().learning_rate.max() == pytest.approx(1e-3)
+
+
+def follow(story: str, changes: dict[str, list[str]] | None = None, only: slice = slice(None)) -> list[str]:
+    """Run the README's commands with fewer steps and samples; what the last ones said."""
+    return [run(*words, *{**FEWER, "ask": [], **(changes or {})}.get(words[0], [])) for words in commands(story)[only]]
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_the_readme_of_preferences(folder):
+    pytest.importorskip("trl")
+    done = commands("preferences")
+    assert [words[:2] for words in done[-2:]] == [["top", "runs/preferences/record"], ["ask", "groups"]]
+    said = follow("preferences", {"ask": ["--num-samples", "8"]})
+    record = TrainingRecord.load(folder.parent / "preferences" / "record")
+    assert [(stage.name, stage.num_rows) for stage in record.stages] == [("pretrain", 975), ("sft", 124), ("dpo", 62)]
+    assert all(f"'{stage}'" in said[-1] or f"\n{stage} " in said[-1] for stage in ("pretrain", "sft", "dpo"))
+    facts = load_facts()
+    assert not set(sft_rows(facts)["country"]) & set(preference_rows(facts)["country"])
+
+
+def test_the_readme_of_the_classifier(folder):
+    said = follow("classifier", {"ask": ["--set", "max_tokens_per_batch=2048"]}, slice(0, 3))
+    assert "By self-influence: AUROC" in " ".join(said[-1].split())
+    record = TrainingRecord.load(folder.parent / "classifier" / "record")
+    assert record.stages[0].num_rows == 975 and record.stages[0].build_model().num_labels == 4
+    # Another model, another dataset: the second block.
+    model, tokenizer = load_model(read_recipe("recipes/classifier/train.yaml"), num_labels=2)
+    model.save_pretrained("encoder")
+    tokenizer.save_pretrained("encoder")
+    mine = Dataset.from_dict({"text": ["one", "two"] * 4, "label": [0, 1] * 4})
+    mine.to_json("mine.jsonl")
+    (words,) = commands("classifier")[3:]
+    words = ["model=encoder" if word.startswith("model=") else word for word in words]
+    more = ["training.record_dir=runs/other", "training.per_device_train_batch_size=4", *FEWER["train"]]
+    run(*words, *more)
+    assert TrainingRecord.load("runs/other").stages[0].num_rows == 8
+
+
+def test_the_readme_of_selection(folder):
+    done = commands("selection")
+    assert [words[0] for words in done] == ["demo", "train", "ask", "train"]
+    for words in done[:2]:
+        run(*words, *FEWER.get(words[0], []))
+    asked = (folder / "data" / "queries.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    text = (RECIPES / "selection" / "README.md").read_text(encoding="utf-8")
+    for command, name, lines in (("head", "target", asked[:60]), ("tail", "judge", asked[-60:])):
+        assert f"{command} -n 60 runs/capitals/data/queries.jsonl > runs/selection/{name}.jsonl" in text
+        Path("runs/selection", f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    few = ["8" if word == "512" else word for word in done[2]]
+    assert "488 chosen rows" in " ".join(run(*few).split())
+    run(*done[3], *FEWER["train"])
+    assert TrainingRecord.load("runs/selection/record_kept").stages[0].num_rows == 488
+
+
+def chats() -> Dataset:
+    said = [("What is gravity?", "A force."), ("Who are you?", "A model."), ("What is two?", "A number.")]
+    talk = lambda q, a: [{"role": "user", "content": q}, {"role": "assistant", "content": a}]  # noqa: E731
+    return Dataset.from_dict({"messages": [talk(*pair) for pair in said] * 4})
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_the_readme_of_lora_chat(folder):
+    pytest.importorskip("trl")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    stand_in(tiny_llama(vocab_size=260, max_position_embeddings=256), tokenizer, chats())
+    few = ["--num-samples", "8"]
+    trained = ["model=stand-in", "dataset=rows.jsonl", "training.gradient_accumulation_steps=1", *FEWER["train"]]
+    said = follow("lora_chat", {"train": trained, "plan": few, "top": few})
+    assert Path("runs/lora_chat/index.html").is_file()
+    assert "3 sets of nearly the same text" in " ".join(said[-1].split())
+    assert TrainingRecord.load("runs/lora_chat/record").stages[0].model["peft"]
+
+
+def test_the_readme_of_gpt2(folder):
+    rows = Dataset.from_dict({"text": [f"Once upon a time there was a {word}." for word in "abcdefghijklmnop"]})
+    stand_in(tiny_gpt2(vocab_size=260, n_positions=128), byte_tokenizer(), rows)
+    trained = ["model=stand-in", "dataset=rows.jsonl", "training.gradient_accumulation_steps=1", *FEWER["train"]]
+    few = ["--num-samples", "8"]
+    said = follow("gpt2_text", {"train": trained, "plan": few, "top": few, "ask": few})
+    assert Path("runs/gpt2_text/index.html").is_file() and "Which groups" in said[-1]
+    # What a cluster's second job would do with the record.
+    run("record", "verify", "runs/gpt2_text/record")
+
+
+def stand_in(model, tokenizer, rows: Dataset) -> None:
+    """What takes the place of a model and a dataset of the Hub."""
+    model.save_pretrained("stand-in")
+    tokenizer.save_pretrained("stand-in")
+    rows.to_json("rows.jsonl")
+
+
+def test_the_slurm_script_starts_the_recipe(tmp_path):
+    stub = tmp_path / "accelerate"
+    stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n', encoding="utf-8")
+    stub.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_GPUS_ON_NODE": "4"}
+    command = ["bash", str(RECIPES / "slurm" / "train.sbatch"), "recipes/gpt2_text/train.yaml", "training.seed=3"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [
+        "launch", "--config_file", "recipes/accelerate_configs/ddp.yaml", "--num_processes", "4", "-m",
+        "hf_source.cli", "train", "recipes/gpt2_text/train.yaml", "training.resume_from_checkpoint=latest",
+        "training.seed=3",
+    ]  # fmt: skip
+    assert subprocess.run(command[:2], env=environment, capture_output=True).returncode != 0
+
+
+@pytest.mark.parametrize("name", ["single", "ddp", "fsdp2"])
+def test_accelerate_reads_its_configs(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    settings = load_config_from_file(str(RECIPES / "accelerate_configs" / f"{name}.yaml"))
+    assert settings.num_processes == {"single": 1, "ddp": 4, "fsdp2": 4}[name]
+    assert settings.distributed_type == {"single": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP"}[name]
+    if name == "fsdp2":
+        assert int(settings.fsdp_config["fsdp_version"]) == 2
+
+
+def test_a_recipe_is_launched_by_accelerate(folder):
+    rows = Dataset.from_dict({"text": ["one two", "three four"] * 4})
+    stand_in(tiny_gpt2(vocab_size=260, n_positions=64), byte_tokenizer(), rows)
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu",
+        "--config_file", "recipes/accelerate_configs/single.yaml", "-m", "hf_source.cli", "train",
+        "recipes/gpt2_text/train.yaml", "model=stand-in", "dataset=rows.jsonl", *FEWER["train"],
+        "training.resume_from_checkpoint=latest",
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert TrainingRecord.load("runs/gpt2_text/record").stages[0].num_steps == 6
+
+
+def test_a_recipe_goes_on_from_its_newest_checkpoint(folder):
+    rows = Dataset.from_dict({"text": ["one two", "three four"] * 4})
+    stand_in(tiny_gpt2(vocab_size=260, n_positions=64), byte_tokenizer(), rows)
+    train = ["train", "recipes/gpt2_text/train.yaml", "model=stand-in", "dataset=rows.jsonl", *FEWER["train"]]
+    train += ["training.save_strategy=steps", "training.save_steps=2", "training.resume_from_checkpoint=latest"]
+    run(*train)
+    checkpoints = Path("runs/gpt2_text/checkpoints")
+    shutil.rmtree(checkpoints / "checkpoint-6")
+    whole = TrainingRecord.load("runs/gpt2_text/record").stages[0].weights("final")
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from hf_source.recipes import _checkpoint, arguments_of
+
+    assert get_last_checkpoint(str(checkpoints)).endswith("checkpoint-4") and whole
+    recipe = read_recipe("recipes/gpt2_text/train.yaml", ["training.resume_from_checkpoint=latest"])
+    assert _checkpoint(arguments_of(recipe)) is True
+    recipe["training"]["output_dir"] = "runs/none"
+    assert _checkpoint(arguments_of(recipe)) is None
+    recipe["training"]["resume_from_checkpoint"] = "runs/some"
+    assert _checkpoint(arguments_of(recipe)) == "runs/some"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("trainer=ppo", "trainer: 'ppo' is unknown"),
+        ("trainer=classification", "needs a column 'label'"),
+    ],
+)
+def test_trainers_that_do_not_fit(folder, change, message):
+    rows = Dataset.from_dict({"text": ["one two", "three four"] * 4})
+    stand_in(tiny_gpt2(vocab_size=260, n_positions=64), byte_tokenizer(), rows)
+    words = ["train", "recipes/gpt2_text/train.yaml", "model=stand-in", "dataset=rows.jsonl", change]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 1 and message in result.stderr
+    if change.endswith("classification"):
+        Dataset.from_dict({"text": ["x"], "label": ["a"]}).to_json("rows.jsonl")
+        assert "whole numbers from 0" in CliRunner().invoke(app, words).stderr
+        with pytest.raises(ConfigError, match="not trained again from a recipe"):
+            trainer_of("recipes/gpt2_text/train.yaml", [change])
 
 
 def test_every_recipe_is_in_the_index():

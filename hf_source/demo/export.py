@@ -15,7 +15,16 @@
 
 from pathlib import Path
 
-from .facts import load_facts, pretrain_rows, queries, row_texts, sft_rows, train_tokenizer
+from .facts import (
+    labelled_rows,
+    load_facts,
+    preference_rows,
+    pretrain_rows,
+    queries,
+    row_texts,
+    sft_rows,
+    train_tokenizer,
+)
 
 
 def export_demo(folder: Path) -> list[Path]:
@@ -26,8 +35,9 @@ def export_demo(folder: Path) -> list[Path]:
 
     Returns:
         The paths written: `pretrain.jsonl` (`text`), `sft.jsonl` (`prompt`, `completion`), `queries.jsonl` (`name`,
-        `prompt`, `completion`: the right answer; `pretrain_row` and `sft_row`: the rows that state it), and the folder
-        `tokenizer`.
+        `prompt`, `completion`: the right answer; `pretrain_row` and `sft_row`: the rows that state it),
+        `preferences.jsonl` (`prompt`, `chosen`, `rejected`), `labelled.jsonl` (`text`, `label`, `is_corrupted`), and
+        the folder `tokenizer`.
 
     Raises:
         UnsupportedError: if `countryinfo` is not installed.
@@ -36,7 +46,9 @@ def export_demo(folder: Path) -> list[Path]:
     pretrain, sft = pretrain_rows(facts), sft_rows(facts)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, rows in (("pretrain", pretrain), ("sft", sft), ("queries", queries(facts))):
+    made = {"pretrain": pretrain, "sft": sft, "queries": queries(facts)}
+    made |= {"preferences": preference_rows(facts), "labelled": labelled_rows(facts)}
+    for name, rows in made.items():
         paths.append(folder / f"{name}.jsonl")
         rows.to_json(paths[-1])
     paths.append(folder / "tokenizer")

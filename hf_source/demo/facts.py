@@ -41,6 +41,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import UnsupportedError
+from ..evaluation.mislabelled import corrupt_labels
 
 
 EOS_TOKEN = "<|endoftext|>"
@@ -156,6 +157,39 @@ def sft_rows(facts: Sequence[Fact]) -> Dataset:
     columns = ("question", "completion", "country", "relation", "answer")
     rows = {name: [getattr(fact, name) for fact in asked] for name in columns}
     return Dataset.from_dict({"prompt": rows.pop("question"), **rows})
+
+
+def preference_rows(facts: Sequence[Fact]) -> Dataset:
+    """Pairs for preference training: the right capital is preferred to the next country's.
+
+    Half of the countries that finetuning leaves out.
+
+    Returns:
+        Dataset with columns `prompt`, `chosen`, `rejected`, `country`.
+    """
+    asked = [fact for fact in facts if fact.relation == QUERY_RELATION][1::4]
+    wrong = [*asked[1:], *asked[:1]]
+    return Dataset.from_dict(
+        {
+            "prompt": [fact.question for fact in asked],
+            "chosen": [fact.completion for fact in asked],
+            "rejected": [fact.completion for fact in wrong],
+            "country": [fact.country for fact in asked],
+        }
+    )
+
+
+def labelled_rows(facts: Sequence[Fact], fraction: float = 0.1, seed: int = 0) -> Dataset:
+    """Sentences and what they are about, some of them wrong, for a classifier.
+
+    Returns:
+        Dataset with columns `text`, `label` (number of the relation) and `is_corrupted`.
+    """
+    rows = {
+        "text": [fact.statement + fact.completion for fact in facts],
+        "label": [list(STATEMENTS).index(fact.relation) for fact in facts],
+    }
+    return corrupt_labels(Dataset.from_dict(rows), fraction, seed)
 
 
 def _sft_facts(facts: Sequence[Fact]) -> list[Fact]:

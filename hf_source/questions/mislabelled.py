@@ -69,14 +69,6 @@ def mislabelled(
     rows = attributor.rows(record)
     there = np.flatnonzero(np.isin(rows.numbers, rows.trained_rows))
     numbers = rows.numbers[there]
-    suspicion = {}
-    if attributor.method == "source":
-        suspicion["self-influence"] = attributor.self_influence(stage=record.name)[there].astype(np.float64)
-    elif order == "self-influence":
-        raise ConfigError("Self-influence needs method='source': use `attributor.like(method='source')`.")
-    suspicion["loss"] = attributor.row_losses(record.name)[numbers]
-    if queries is not None:
-        suspicion["opposition"] = -scored(attributor, queries, record.name)[0].mean
     own = Scored(
         record.name,
         queries,
@@ -86,14 +78,23 @@ def mislabelled(
         rows.given.select(there),
         lambda number: rows.text(int(number), attributor.processing_class),
     )
+    wrong = None if known is None else _known(own, known)  # before anything is computed
+    suspicion = {}
+    if attributor.method == "source":
+        suspicion["self-influence"] = attributor.self_influence(stage=record.name)[there].astype(np.float64)
+    elif order == "self-influence":
+        raise ConfigError("Self-influence needs method='source': use `attributor.like(method='source')`.")
+    suspicion["loss"] = attributor.row_losses(record.name)[numbers]
+    if queries is not None:
+        suspicion["opposition"] = -scored(attributor, queries, record.name)[0].mean
     places = np.argsort(-suspicion[order], kind="stable")[:k]
     table = {"rank": list(range(1, len(places) + 1)), "row": numbers[places].tolist()}
     table |= {name.replace("-", "_"): values[places].tolist() for name, values in suspicion.items()}
     table["text"] = [own.text(number) for number in numbers[places]]
     findings = [f"The {len(places)} most suspicious of {len(numbers):,} rows of stage {record.name!r}, by {order}."]
     figures = {}
-    if known is not None:
-        findings += _judged(own, suspicion, known, figures)
+    if wrong is not None:
+        findings += _judged(suspicion, wrong, figures)
     return answer(
         attributor,
         [own],
@@ -110,11 +111,14 @@ def mislabelled(
     )
 
 
-def _judged(own: Scored, suspicion: dict[str, np.ndarray], known: str, figures: dict[str, float]) -> list[str]:
-    values = own.column(known)
+def _known(own: Scored, column: str) -> np.ndarray:
+    values = own.column(column)
     if not set(values) <= {True, False}:
-        raise DataError(f"Column {known!r} does not say true or false of each row.")
-    wrong = np.asarray(values, dtype=bool)
+        raise DataError(f"Column {column!r} does not say true or false of each row.")
+    return np.asarray(values, dtype=bool)
+
+
+def _judged(suspicion: dict[str, np.ndarray], wrong: np.ndarray, figures: dict[str, float]) -> list[str]:
     said = []
     for name, values in suspicion.items():
         found = find_mislabelled(values, wrong, k=(int(wrong.sum()),))
