@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 from .cli_errors import friendly_errors
-from .cli_options import CurvatureOption, Datasets, MethodOption, NumSamples, Recipe, Record, Settings
+from .cli_options import CurvatureOption, Datasets, Index, MethodOption, NumSamples, Recipe, Record, Settings
 
 
 def explore(
@@ -27,6 +27,7 @@ def explore(
     method: MethodOption = None,
     curvature: CurvatureOption = None,
     num_samples: NumSamples = None,
+    index: Index = None,
     recipe: Recipe = None,
     settings: Settings = None,
     host: Annotated[str, typer.Option(help="Address to serve at; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
@@ -35,12 +36,13 @@ def explore(
 ) -> None:
     """Open an app: type a prompt, mark a part of the answer, see the rows, and what removing a group would change.
 
-    Needs the extra `app` (gradio). It serves on this machine only, unless --host says otherwise.
+    Needs the extra `app` (gradio). With an --index (`hf-source index`) every question is answered in seconds. It
+    serves on this machine only, unless --host says otherwise.
     """
     with friendly_errors():
         from .cli_report import attributor_of
         from .explorer import Explorer
         from .explorer.app import launch
 
-        explorer = Explorer(attributor_of(record, recipe, settings, dataset, method, curvature, num_samples))
-        launch(explorer, server_name=host, server_port=port, inbrowser=browser)
+        attributor = attributor_of(record, recipe, settings, dataset, method, curvature, num_samples, index)
+        launch(Explorer(attributor), server_name=host, server_port=port, inbrowser=browser)

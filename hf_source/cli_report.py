@@ -23,6 +23,7 @@ from .cli_options import (
     Completions,
     CurvatureOption,
     Datasets,
+    Index,
     MaxNewTokens,
     MethodOption,
     NumSamples,
@@ -64,6 +65,7 @@ def report(
     method: MethodOption = None,
     curvature: CurvatureOption = None,
     num_samples: NumSamples = None,
+    index: Index = None,
     max_new_tokens: MaxNewTokens = 32,
     recipe: Recipe = None,
     settings: Settings = None,
@@ -81,7 +83,7 @@ def report(
         else:
             from .cli import _queries
 
-            attributor = attributor_of(run, recipe, settings, dataset, method, curvature, num_samples)
+            attributor = attributor_of(run, recipe, settings, dataset, method, curvature, num_samples, index)
             asked = _queries(attributor, queries, prompt, completion, max_new_tokens)
             attributor.report(out, asked, stage, k, title=title, columns=column, shaded=shaded)
             if report_to:
@@ -92,15 +94,22 @@ def report(
 
 
 def attributor_of(
-    record: str, recipe: Path | None, settings: list[str] | None, datasets: list[str] | None, *named: Any
+    record: str,
+    recipe: Path | None,
+    settings: list[str] | None,
+    datasets: list[str] | None,
+    method: Any,
+    curvature: Any,
+    num_samples: int | None,
+    index: str | None,
 ) -> Any:
-    """The attributor of a command that takes datasets by stage; `named` are method, curvature and samples."""
+    """The attributor of a command that takes datasets by stage."""
     from .cli import _attributor, _named
     from .cli_push import _by_stage
     from .recipes import load_rows
 
     given = _by_stage(datasets, "--dataset")
-    attributor = _attributor([record], recipe, settings, _named(*named, None, None))
+    attributor = _attributor([record], recipe, settings, _named(method, curvature, num_samples, index=index))
     for name, path in given.items():
         attributor.set_dataset(name, load_rows(path))
     return attributor

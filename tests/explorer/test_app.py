@@ -156,4 +156,5 @@ def test_from_a_shell(story, monkeypatch):
     assert CliRunner().invoke(cli, words, catch_exceptions=False).exit_code == 0
     ((explorer, options),) = started
     assert explorer.attributor.method == "bm25" and explorer.stages == ["pretrain", "sft"]
+    assert explorer.attributor.index is None
     assert options == {"server_name": "127.0.0.1", "server_port": 7999, "inbrowser": False}

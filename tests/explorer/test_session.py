@@ -135,6 +135,19 @@ def test_a_method_without_unit(story):
     assert found.loss is None and found.unit == "" and plain.remove(found, Group()).after is None
 
 
+def test_an_index_answers(explorer, found, tmp_path):
+    """The same questions, without a pass over the rows."""
+    attributor = explorer.attributor
+    attributor.build_index(tmp_path / "index", precision="full")
+    indexed = Explorer(attributor.like(index=tmp_path / "index"), longest=8)
+    whole, parts = indexed.ask("Peru:", " Lima"), [indexed.ask("Peru:", " Lima", span) for span in ((0, 2), (2, 5))]
+    assert whole.loss == pytest.approx(found.loss) and whole.trust
+    for stage, scores in whole.scores.items():
+        np.testing.assert_allclose(sum(part.scores[stage] for part in parts), scores, atol=1e-3 * np.abs(scores).max())
+        assert np.corrcoef(scores, found.scores[stage])[0, 1] > 0.9
+    assert indexed.remove(whole, Group("pretrain", "origin", "atlas")).num_rows == 4
+
+
 def test_row_numbers():
     assert row_numbers("3, 5 8-10") == (3, 5, 8, 9, 10) and row_numbers(" ") is None
     for wrong in ("x", "3-", "-4", "1.5"):
