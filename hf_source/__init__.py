@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "SourceConfig": ".recording",
     "SourceTrainer": ".recording",
+    "SourceDiffusionTrainer": ".recording",
     "RecordingMixin": ".recording",
     "TrainingRecord": ".recording",
     "number_rows": ".recording",
@@ -34,6 +35,7 @@ _LAZY = {
     "SourceIndex": ".index",
     "RowLossTask": ".gradients",
     "CausalLMTask": ".gradients",
+    "DiffusionTask": ".gradients",
 }
 __all__ = ["__version__", *_LAZY]
 

@@ -29,6 +29,8 @@ class Method(StrEnum):
     unrolled = "unrolled"
     influence = "influence"
     tracin = "tracin"
+    diffusion_tracin = "diffusion-tracin"
+    diffusion_retrac = "diffusion-retrac"
     grad_dot = "grad-dot"
     grad_cos = "grad-cos"
     trak = "trak"

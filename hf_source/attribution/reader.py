@@ -30,6 +30,7 @@ from ..gradients import (
     Loss,
     Measurement,
     RowGradients,
+    RowLossTask,
     Seq2SeqTask,
     Task,
     is_known,
@@ -173,12 +174,14 @@ class RunReader:
                 )
             # A collator of one's own may make labels of other columns.
             labelled = self.data_collator is not None or all(set(row) & set(LABELS) for row in queries.rows)
-            if isinstance(task, HeadTask) and not labelled:
+            if isinstance(task, HeadTask) and task.needs_labels and not labelled:
                 raise DataError(
                     f"The queries' rows have {sorted(queries.rows[0])}, and no label whose loss could be asked for: "
                     f"give them one of the columns {', '.join(LABELS)}, as training had."
                 )
-            return task if isinstance(self._measurement, Loss) else measured(task, self._measurement)
+            if not isinstance(self._measurement, Loss):
+                return measured(task, self._measurement)
+            return task.asked() if isinstance(task, RowLossTask) else task
         if not isinstance(task, (CausalLMTask, Seq2SeqTask)):
             task = Seq2SeqTask() if stage.is_encoder_decoder else CausalLMTask()
         return measured(task, self._measurement)

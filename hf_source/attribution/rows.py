@@ -148,6 +148,8 @@ class StageRows:
             return
         first = self.stage.steps().micro_batches[0][0]
         self.stage.load_weights(gradients.model, "initial")
+        if isinstance(self.task, RowLossTask):
+            self.task.at_epochs((0,))
         summed = sum(
             float(gradients.run(self.collated(part, next(gradients.model.parameters()).device), ()).losses.sum())
             for part in self.batches(self.pieces_of(first.rows))

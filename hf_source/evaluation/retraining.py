@@ -154,8 +154,11 @@ def retrain(
     gradients_of = vmap(grad(loss), in_dims=(0, 0, None, 0))
     for step in (progress or iter)(range(stage.num_steps)):
         total: Stacked = {}
+        if isinstance(task, RowLossTask):
+            task.at_epochs((int(steps.epoch[step]),))
         for micro in steps.micro_batches[step]:
             batch = collate(collator, take_rows(dataset, micro.rows), torch.device("cpu"), own_task.columns)
+            batch = own_task.complete(batch)
             part = gradients_of(parameters, held, batch, weights[:, micro.rows])
             for name, gradient in part.items():
                 gradient.div_(micro.normalizer)
@@ -204,7 +207,7 @@ def losses_of(
     own_task = task if isinstance(task, RowLossTask) else CausalLMTask()
     collator = data_collator or own_task.collator(None)
     batch = collate(collator, rows, torch.device("cpu"), own_task.columns)
-    losses = _Losses(model, task)
+    batch, losses = own_task.complete(batch), _Losses(model, task)
 
     def one(parameters: Stacked) -> torch.Tensor:
         return losses.at(parameters, batch)

@@ -256,7 +256,7 @@ def chain(record: TrainingRecord, stage: StageRecord) -> list[StageRecord]:
 def measurement_of(queries: Queries, task: Task) -> Task:
     """What queries measure, as attribution does it: see `SourceAttributor.measurement`."""
     if queries.are_rows:
-        return task
+        return task.asked() if isinstance(task, RowLossTask) else task
     if isinstance(task, (CausalLMTask, Seq2SeqTask)):
         return task.unsmoothed()
     return CausalLMTask()

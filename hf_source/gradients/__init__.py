@@ -13,6 +13,7 @@
 # limitations under the License.
 """Per-row gradients of every trainable parameter."""
 
+from .diffusion import DiffusionTask
 from .heads import ClassificationTask, HeadTask, MultiLabelTask, QuestionAnsweringTask, RegressionTask
 from .measurement import (
     MEASUREMENTS,
@@ -50,6 +51,7 @@ __all__ = [
     "CausalLMTask",
     "ClassificationTask",
     "DPOTask",
+    "DiffusionTask",
     "HeadTask",
     "LogProbability",
     "LogitDifference",

@@ -67,6 +67,9 @@ class HeadTask(RowLossTask):
     summed = False
     """Whether the head adds its items up, instead of taking their mean over a batch."""
 
+    needs_labels = True
+    """Whether a row says what is to be predicted."""
+
     def forward(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Logits or predictions of a batch; the first axis is the row."""
         return predictions_of(model, batch)

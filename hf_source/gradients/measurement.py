@@ -222,7 +222,7 @@ def measured(task: Task, measurement: "str | Measurement") -> Task:
         ConfigError: if the measurement is unknown, or means nothing for the task.
     """
     measurement = make_measurement(measurement)
-    own = task.unsmoothed() if isinstance(task, RowLossTask) else task
+    own = task.asked().unsmoothed() if isinstance(task, RowLossTask) else task
     if isinstance(measurement, Loss):
         return own
     if not isinstance(own, RowLossTask):

@@ -345,7 +345,8 @@ class RowGradients:
 
         An expert that was routed every token of the checked rows may be routed a part of them here.
         """
-        sizes = (done.num_rows, done.labels.numel())
+        vectors = done.num_rows * getattr(self.task, "sequences_per_row", 1)
+        sizes = (done.num_rows, vectors, done.labels.numel())
         return all(call.grad.dim() != 2 or len(call.grad) in sizes for call in self._calls_of(name, done))
 
     def _block(self, name: str, done: Pass, rows: slice) -> torch.Tensor:

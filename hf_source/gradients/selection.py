@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import UnsupportedError
+from .diffusion import DiffusionTask
 from .heads import ClassificationTask, MultiLabelTask, QuestionAnsweringTask, RegressionTask
 from .preference import DPOTask, RewardTask
 from .speech import CTCTask
@@ -31,6 +32,7 @@ TASKS: dict[str, Callable[[Mapping[str, Any]], Task]] = {
     "seq2seq_lm": lambda settings: Seq2SeqTask(**settings),
     "reward": RewardTask,
     "dpo": DPOTask,
+    "diffusion": lambda settings: DiffusionTask(**settings),
     "ctc": lambda settings: CTCTask(**settings),
     "question_answering": lambda settings: QuestionAnsweringTask(**settings),
     "classification": lambda settings: ClassificationTask(**settings),

@@ -19,7 +19,7 @@ with two methods.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -125,6 +125,17 @@ class RowLossTask(RowLayout, ABC):
 
     def prepare(self, model: torch.nn.Module, rows: Any) -> None:
         """Called with the stage's model and rows before the stage is walked through."""
+
+    def at_epochs(self, epochs: Sequence[int]) -> None:
+        """Told which epochs' visits of rows are meant, before they are read: of a task whose visits differ."""
+
+    def complete(self, batch: Batch) -> Batch:
+        """The batch with what else the task reads of it, which torch.func's transforms could not compute inside."""
+        return batch
+
+    def asked(self) -> "RowLossTask":
+        """The task of queries that are rows of this kind."""
+        return self
 
     def unsmoothed(self) -> "RowLossTask":
         """The task without label smoothing: that of queries, and of labels drawn from the model."""

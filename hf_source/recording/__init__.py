@@ -14,6 +14,7 @@
 """What training leaves behind: the trainer that records, and the record."""
 
 from .config import SourceConfig
+from .diffusion import SourceDiffusionTrainer
 from .names import canonical_name
 from .optimizers import CombinedOptimizer
 from .reading.record import TrainingRecord
@@ -31,6 +32,7 @@ __all__ = [
     "RecordingMixin",
     "SegmentRecord",
     "SourceConfig",
+    "SourceDiffusionTrainer",
     "SourceTrainer",
     "StageRecord",
     "StepTable",

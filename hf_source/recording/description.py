@@ -14,6 +14,7 @@
 """What a stage was: the part of `record.json` that is known when training starts, and the files that go with it."""
 
 import copy
+import json
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -145,7 +146,16 @@ def _describe_model(model: torch.nn.Module) -> dict[str, Any]:
         "quantized": describe_quantized(model, is_prompt_learning(model)),
         "base": str(getattr(getattr(plain, "config", None), "_name_or_path", "") or ""),
         "has_config": hasattr(plain, "config") and hasattr(plain.config, "save_pretrained"),
+        "diffusers": _diffusers_config(plain),
     }
+
+
+def _diffusers_config(model: torch.nn.Module) -> dict[str, Any] | None:
+    """The settings from which diffusers builds one of its models."""
+    if not class_of(model).__module__.startswith("diffusers."):
+        return None
+    settings = {key: value for key, value in dict(model.config).items() if not key.startswith("_")}
+    return json.loads(json.dumps(settings))
 
 
 def save_model_files(model: torch.nn.Module, writer: RecordWriter) -> None:

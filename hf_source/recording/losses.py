@@ -28,9 +28,9 @@ from .smoothing import label_smoothing
 def describe_loss(trainer: Any) -> dict[str, Any]:
     """The `loss` entry of a stage.
 
-    `kind` is `"causal_lm"`, `"seq2seq_lm"`, `"reward"` or `"dpo"`, or `"head"` until the first batch (see `heads.py`),
-    with the constants of the loss as `settings`; where
-    the loss of a row is not known, `reason` says why.
+    `kind` is `"causal_lm"`, `"seq2seq_lm"`, `"reward"`, `"dpo"` or `"diffusion"`, or `"head"` until the first batch
+    (see `heads.py`), with the constants of the loss as `settings`; where the loss of a row is not known, `reason` says
+    why.
     """
     kind, settings, reason = _kind(trainer)
     return {
@@ -46,6 +46,8 @@ def describe_loss(trainer: Any) -> dict[str, Any]:
 def _kind(trainer: Any) -> tuple[str, dict[str, Any], str | None]:
     if trainer.compute_loss_func is not None:
         return "compute_loss_func", {}, "it trained with a compute_loss_func"
+    if hasattr(trainer, "diffusion_settings"):
+        return "diffusion", trainer.diffusion_settings(), None
     owner = loss_owner(trainer)
     if owner is Trainer:
         return _model_loss(trainer)

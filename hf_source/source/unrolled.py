@@ -43,7 +43,7 @@ from ..recording.optimizers import OptimizerDescription, build_optimizer
 from ..recording.reading.assumed import require_recorded_visits
 from ..recording.warm import load_optimizer_state
 from .products import ExactProducts, Products
-from .walk import Vectors, WalkSettings, open_stage, score_rows
+from .walk import Vectors, WalkSettings, enter_epochs, open_stage, score_rows
 
 
 State = dict[str, dict[str, torch.Tensor]]
@@ -220,6 +220,7 @@ class RecordedRun:
                 parameter.copy_(snapshot.weights[name])
 
     def _micro_batches(self, step: int) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor], float]]:
+        enter_epochs(self.gradients, self.stage, step, step + 1)
         for batch in self.steps.micro_batches[step]:
             pieces = self.rows.pieces_of(batch.rows)
             yield self.rows.row[pieces], self.rows.collated(pieces, self.settings.device), batch.normalizer

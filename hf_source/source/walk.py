@@ -36,7 +36,7 @@ from torch import nn
 from ..budget import with_smaller_batches
 from ..curvature import FisherSample, Flow, JointCurvature, as_preconditioners, systematic_sample
 from ..errors import UnsupportedError
-from ..gradients import RowGradients
+from ..gradients import RowGradients, RowLossTask
 from ..gradients.contraction import add_dots
 from ..gradients.rows import as_rows
 from ..gradients.rules import Call, Rule
@@ -270,6 +270,7 @@ def _through_segment(segment, stage, rows, gradients, vectors, scores, settings,
     places = [(segment.index, step) for step in steps] or [segment.index]
     enter = [partial(stage.load_weights, gradients.model, place) for place in places]
     enter[0]()
+    enter_epochs(gradients, stage, segment.first_step, segment.end_step)
     scoring, vectors = _vectors_of(
         segment, stage, rows, gradients, vectors, flow, settings, enter, carry, canonical, key
     )
@@ -297,6 +298,12 @@ def _through_segment(segment, stage, rows, gradients, vectors, scores, settings,
     work.save(f"{key}.done", {"places": torch.tensor(len(enter)), "queries": torch.tensor(len(scores))})
     work.drop(f"{key}.scoring", *([] if carry else [f"{key}.carried"]))
     return vectors
+
+
+def enter_epochs(gradients: RowGradients, stage: StageRecord, first_step: int, end_step: int) -> None:
+    """Tell the task which epochs the visits of some steps belong to."""
+    if isinstance(gradients.task, RowLossTask):
+        gradients.task.at_epochs(np.unique(stage.steps().epoch[first_step:end_step].astype(int)).tolist())
 
 
 def _vectors_of(

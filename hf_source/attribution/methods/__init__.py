@@ -15,6 +15,7 @@
 
 from .base import Method, in_chunks
 from .datainf import DataInfOptions, datainf
+from .diffusion import DiffusionOptions, diffusion_retrac, diffusion_tracin
 from .final import grad_cos, grad_dot
 from .influence import InfluenceOptions, influence
 from .logra import LograOptions, logra
@@ -32,6 +33,8 @@ METHODS: dict[str, Method] = {
     "unrolled": Method(unrolled, nats=True),
     "influence": Method(influence, InfluenceOptions, nats=True),
     "tracin": Method(tracin),
+    "diffusion-tracin": Method(diffusion_tracin, DiffusionOptions),
+    "diffusion-retrac": Method(diffusion_retrac, DiffusionOptions),
     "grad-dot": Method(grad_dot),
     "grad-cos": Method(grad_cos),
     "trak": Method(trak, TrakOptions, together=True),

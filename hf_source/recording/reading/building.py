@@ -16,13 +16,13 @@
 import copy
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from accelerate import init_empty_weights
 
-from ...errors import RecordError, UnsupportedError
+from ...errors import ConfigError, RecordError, UnsupportedError
 from ..quantized import fill_quantized, place_quantized
 
 
@@ -36,7 +36,8 @@ def build_model(stage: "StageRecord", dtype: torch.dtype | None = None) -> torch
     # On the meta device nothing is initialised: the weights are about to be read, and the random state stays.
     with init_empty_weights(include_buffers=False):
         model = _empty_model(stage)
-    model.tie_weights()
+    if hasattr(model, "tie_weights"):  # models of diffusers share none
+        model.tie_weights()
     place_quantized(model, stage.model.get("quantized", {}))
     if stage.model["peft"]:
         model = _with_empty_adapter(model, stage)
@@ -48,6 +49,8 @@ def build_model(stage: "StageRecord", dtype: torch.dtype | None = None) -> torch
 
 def _empty_model(stage: "StageRecord") -> torch.nn.Module:
     name = stage.model["class"]
+    if (settings := stage.model.get("diffusers")) is not None:
+        return _of_diffusers(name, settings)
     cls = getattr(transformers, name, None)
     if not stage.model["has_config"] or not isinstance(cls, type):
         raise UnsupportedError(
@@ -59,6 +62,16 @@ def _empty_model(stage: "StageRecord") -> torch.nn.Module:
     if (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model
+
+
+def _of_diffusers(name: str, settings: Mapping[str, Any]) -> torch.nn.Module:
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ConfigError(f"{name} is a model of diffusers: `pip install hf_source[diffusion]`.") from error
+    if not hasattr(diffusers, name):
+        raise UnsupportedError(f"The installed diffusers has no {name}: install the version that the record names.")
+    return getattr(diffusers, name).from_config(dict(settings))
 
 
 def _with_empty_adapter(model: torch.nn.Module, stage: "StageRecord") -> torch.nn.Module:

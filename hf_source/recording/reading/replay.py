@@ -86,7 +86,7 @@ def replay(
     stage.load_weights(model, "initial")
     rows = _RowReader(stage, dataset, data_collator)
     mask = _checked_mask(row_mask, stage.num_rows)
-    task = task_for(stage) if stage.loss["kind"] in ("reward", "dpo", *HEADS) else None
+    task = task_for(stage) if stage.loss["kind"] in ("reward", "dpo", "diffusion", *HEADS) else None
     if isinstance(task, DPOTask):
         rows.dataset = task.with_reference(rows.dataset, model, stage)
     collator = collator_of(stage, task, data_collator)
@@ -101,6 +101,8 @@ def replay(
     _to_training_mode(model, bool(stage.training.get("dropout", True)))
     for index in range(len(steps)):
         _set_learning_rates(optimizer, steps.learning_rate[index])
+        if task is not None:
+            task.at_epochs((int(steps.epoch[index]),))
         frozen = stage.frozen_at(index)
         for name, parameter in trained.items():
             parameter.requires_grad_(name not in frozen)
