@@ -62,9 +62,11 @@ def test_lazy_names_are_those_of_their_modules():
     assert {name for name in hf_source.__all__ if not name.startswith("_")} == {
         "SourceConfig",
         "SourceTrainer",
+        "SourceDiffusionTrainer",
         "RecordingMixin",
         "TrainingRecord",
         "number_rows",
+        "DiffusionTask",
         "SourceAttributor",
         "Queries",
         "Attribution",
