@@ -220,7 +220,7 @@ class RecordedRun:
                 parameter.copy_(snapshot.weights[name])
 
     def _micro_batches(self, step: int) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor], float]]:
-        enter_epochs(self.gradients, self.stage, step, step + 1)
+        enter_epochs(self.gradients, self.stage, range(step, step + 1))
         for batch in self.steps.micro_batches[step]:
             pieces = self.rows.pieces_of(batch.rows)
             yield self.rows.row[pieces], self.rows.collated(pieces, self.settings.device), batch.normalizer

@@ -270,7 +270,7 @@ def _through_segment(segment, stage, rows, gradients, vectors, scores, settings,
     places = [(segment.index, step) for step in steps] or [segment.index]
     enter = [partial(stage.load_weights, gradients.model, place) for place in places]
     enter[0]()
-    enter_epochs(gradients, stage, segment.first_step, segment.end_step)
+    enter_epochs(gradients, stage, segment)
     scoring, vectors = _vectors_of(
         segment, stage, rows, gradients, vectors, flow, settings, enter, carry, canonical, key
     )
@@ -300,10 +300,12 @@ def _through_segment(segment, stage, rows, gradients, vectors, scores, settings,
     return vectors
 
 
-def enter_epochs(gradients: RowGradients, stage: StageRecord, first_step: int, end_step: int) -> None:
-    """Tell the task which epochs the visits of some steps belong to."""
-    if isinstance(gradients.task, RowLossTask):
-        gradients.task.at_epochs(np.unique(stage.steps().epoch[first_step:end_step].astype(int)).tolist())
+def enter_epochs(gradients: RowGradients, stage: StageRecord, part: SegmentRecord | range) -> None:
+    """Tell a task whose visits differ which epochs those of a segment, or of some steps, belong to."""
+    task = gradients.task
+    if isinstance(task, RowLossTask) and type(task).at_epochs is not RowLossTask.at_epochs:
+        first, end = (part.start, part.stop) if isinstance(part, range) else (part.first_step, part.end_step)
+        task.at_epochs(np.unique(stage.steps().epoch[first:end].astype(int)).tolist())
 
 
 def _vectors_of(
