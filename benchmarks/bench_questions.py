@@ -13,7 +13,7 @@
 # limitations under the License.
 """Are the answers of `hf_source.questions` true? A small model with planted errors, held against training again.
 
-A GPT-2 of 73 k parameters learns 400 facts about countries (not recorded), and then, recorded, 256 rows: 128 AdamW
+A GPT-2 of 63 k parameters learns 400 facts about countries (not recorded), and then, recorded, 256 rows: 128 AdamW
 steps of 16. The rows have a contributor, and their truth is known:
 
 * 16 *conflicts*: a fact stated rightly once, and wrongly twice in the same way (another answer of the same relation),
