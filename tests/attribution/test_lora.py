@@ -13,6 +13,7 @@
 # limitations under the License.
 import numpy as np
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 
 from hf_source import SourceAttributor, SourceTrainer
@@ -46,3 +47,12 @@ def test_rows_of_the_base_are_scored_through_an_adapter_stage(tmp_path):
         assert scores.shape == (2, num_rows)
         assert np.isfinite(scores).all()
         assert (np.abs(scores).max(axis=1) > 1e-3).all()
+
+    # An index of all numbers: displacements of the base go into the adapter stage, whose own parameters are new.
+    exact = attributor.like(dtype=torch.float64, num_samples=8)
+    exact.build_index(tmp_path / "index", numbers=10**6, precision="full")
+    quick = exact.like(index=tmp_path / "index")
+    for stage in ("sft", "pretrain"):
+        expected = exact.scores(None, queries, stage)
+        found = quick.scores(None, queries, stage)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())

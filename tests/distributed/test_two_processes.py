@@ -204,6 +204,15 @@ def test_two_processes_score_like_one(two, tmp_path, method):
     assert (np.abs(first) > bound).any(axis=0).all()  # no row was left out
 
 
+def test_two_processes_build_one_index(two):
+    """It holds everything, so that its scores are those of `source`; float32 sums in another order apart."""
+    assert len(list((two / "index" / "rows").iterdir())) > 2
+    expected = np.load(two / "source-0.npy")
+    for rank in range(2):
+        found = np.load(two / f"index-{rank}.npy")
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
 # ---- What one process refuses, all refuse ----
 
 

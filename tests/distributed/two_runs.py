@@ -211,6 +211,16 @@ def scores(folder):
     for name in SCORED:
         found = score(folder.parent / "run" / "record", name)
         np.save(folder.parent / f"{name}-{RANK}.npy", found)
+    np.save(folder.parent / f"index-{RANK}.npy", indexed(folder.parent / "run" / "record", folder.parent / "index"))
+
+
+def indexed(record, folder):
+    """The scores of `source` from an index of several files that both processes write."""
+    settings = {"num_samples": 16, "max_tokens_per_batch": 36, "progress": False}
+    maker = SourceAttributor.from_record(record, memory_budget=2**20, **settings)
+    maker.build_index(folder, numbers=10**6, precision="full")
+    quick = SourceAttributor.from_record(record, index=folder, **settings)
+    return quick.scores(None, Queries.from_dataset(random_rows(3, seed=7)))
 
 
 SCORED = {
