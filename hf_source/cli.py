@@ -51,6 +51,7 @@ from .cli_options import (
 from .cli_push import push
 from .cli_record import record_app
 from .cli_report import report
+from .cli_space import space_app
 from .errors import ConfigError
 
 
@@ -67,6 +68,7 @@ app = typer.Typer(
 )
 app.add_typer(record_app, name="record")
 app.add_typer(experiment_app, name="experiment")
+app.add_typer(space_app, name="space")
 app.add_typer(ask_app, name="ask")
 app.command()(evaluate)
 app.command()(index)

@@ -90,6 +90,7 @@ def commit(
     token: str | bool | None,
     revision: str | None,
     commit_message: str,
+    space_sdk: str | None = None,
 ) -> str:
     """Change a repository in one commit; it is made if it does not exist.
 
@@ -100,6 +101,7 @@ def commit(
         token: what authenticates; default the one of `hf auth login`.
         revision: branch; made if it does not exist.
         commit_message: of the commit.
+        space_sdk: of a Space.
 
     Returns:
         Address of the commit.
@@ -110,7 +112,7 @@ def commit(
     """
     api = HfApi(token=token, library_name="hf_source")
     try:
-        api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
+        api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=space_sdk)
         if private:
             _require_private(api, repo_id, repo_type)
         if revision is not None:

@@ -113,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
     def create(self) -> None:
         asked = json.loads(self.body)
         repo = f"{asked['organization']}/{asked['name']}"
-        repo = f"datasets/{repo}" if asked.get("type") == "dataset" else repo
+        repo = {"dataset": "datasets/", "space": "spaces/"}.get(asked.get("type"), "") + repo
         if not self.headers.get("Authorization"):
             return self._send(401, {"error": "Invalid username or password."})
         if repo in self.hub.repositories:
@@ -131,7 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
         commit = repository and self._commit(repository, revision)
         if commit:
             siblings = [{"rfilename": name} for name in sorted(repository["commits"][commit])]
-            name = repo.removeprefix("datasets/")
+            name = repo.removeprefix("datasets/").removeprefix("spaces/")
             content = {
                 "id": name,
                 "modelId": name,
@@ -226,7 +226,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, {"errors": [], "warnings": []})
 
 
-_REPO = r"(?P<repo>(?:datasets/)?[^/]+/[^/]+)"
+_REPO = r"(?P<repo>(?:datasets/|spaces/)?[^/]+/[^/]+)"
 _API = rf"/api/(?:models/)?{_REPO}"
 _ROUTES = [
     ("POST", r"/api/repos/create", _Handler.create),
