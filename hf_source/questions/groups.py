@@ -149,10 +149,10 @@ def sum_interval(scores: np.ndarray, num_bootstrap: int = 1000, seed: int = 0) -
 
 def _findings(made: list[Group], totals: np.ndarray, shares: list[float], unit: str) -> list[str]:
     best, worst = made[0], made[-1]
-    said = [f"{best.name!r} supports the queries most: {totals[0]:+.3f} {unit} by {len(best.places):,} rows."]
+    said = [f"{best.name!r} supports the queries most: {totals[0]:+.3f} {unit} by {_rows(best)}."]
     if len(made) > 1:
         verb = "opposes them most" if totals[-1] < 0 else "supports them least"
-        said.append(f"{worst.name!r} {verb}: {totals[-1]:+.3f} {unit} by {len(worst.places):,} rows.")
+        said.append(f"{worst.name!r} {verb}: {totals[-1]:+.3f} {unit} by {_rows(worst)}.")
     large = [group.name for group, share in zip(made, shares, strict=True) if share > LARGE]
     if large:
         said.append(
@@ -160,3 +160,7 @@ def _findings(made: list[Group], totals: np.ndarray, shares: list[float], unit: 
             "a stage: removing so much is no small change, and the size of its total is not to be relied on."
         )
     return said
+
+
+def _rows(group: Group) -> str:
+    return "1 row" if len(group.places) == 1 else f"{len(group.places):,} rows"

@@ -224,7 +224,8 @@ def _finding(
             f"{prefers}. No small set of rows (up to {100 * _MOST:.0f} % of a stage) is predicted to turn it; the "
             "strongest are listed."
         )
-    return f"{prefers}. Predicted to turn without the {best[0]} strongest rows of stage {best[1]!r}."
+    rows = "the strongest row" if best[0] == 1 else f"the {best[0]} strongest rows"
+    return f"{prefers}. Predicted to turn without {rows} of stage {best[1]!r}."
 
 
 def _verified(
