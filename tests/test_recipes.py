@@ -32,7 +32,7 @@ from hf_source.cli import app
 from hf_source.demo import STAGES, build_model, load_facts, pretrain_rows, queries, sft_rows
 from hf_source.demo.facts import preference_rows
 from hf_source.errors import ConfigError
-from hf_source.recipes import load_model, read_recipe, trainer_of
+from hf_source.recipes import load_model, load_rows, read_recipe, trainer_of
 
 from .cases import byte_tokenizer, tiny_gpt2, tiny_llama
 
@@ -218,6 +218,30 @@ def test_the_readme_of_gpt2(folder):
     assert Path("runs/gpt2_text/index.html").is_file() and "Which groups" in said[-1]
     # What a cluster's second job would do with the record.
     run("record", "verify", "runs/gpt2_text/record")
+
+
+def test_the_readme_of_the_paper(folder):
+    """Its rows are made by a script, of the lines that the Hub's copy has."""
+    lines = ["", " = Title = \n", "", " The game takes place in a town . \n"] * 12
+    stand_in(tiny_gpt2(vocab_size=260, n_positions=64), byte_tokenizer(), Dataset.from_dict({"text": lines}))
+    text = (RECIPES / "paper" / "README.md").read_text(encoding="utf-8")
+    prepared = [shlex.split(line) for line in text.splitlines() if line.startswith("python recipes/paper/")]
+    assert [words[2] for words in prepared] == ["runs/paper/wikitext.jsonl", "runs/paper/wikitext_test.jsonl"]
+    here = ["--dataset", "rows.jsonl", "--tokenizer", "stand-in", "--length", "24"]
+    for words in prepared:
+        subprocess.run([sys.executable, *words[1:], *here], check=True, capture_output=True)
+    rows = load_rows("runs/paper/wikitext.jsonl")
+    whole = byte_tokenizer()("".join(lines))["input_ids"]
+    assert sum(rows["input_ids"], []) == whole[: len(whole) // 24 * 24] and {len(r) for r in rows["input_ids"]} == {24}
+    few = ["--num-samples", "8"]
+    follow("paper", {"train": ["model=stand-in", *FEWER["train"]], "plan": few, "top": few})
+    assert Path("runs/paper/wikitext.html").is_file()
+    assert TrainingRecord.load("runs/paper/wikitext").stages[0].num_rows == len(rows)
+    for name in re.findall(r"bench_paper.py ([\w -]+)", text):
+        assert all(f'"{part}":' in BENCHMARK_DATA.read_text(encoding="utf-8") for part in name.split())
+
+
+BENCHMARK_DATA = RECIPES.parent / "benchmarks" / "paper" / "data.py"
 
 
 def stand_in(model, tokenizer, rows: Dataset) -> None:
