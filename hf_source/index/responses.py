@@ -29,7 +29,7 @@ from ..curvature import Flow, Response, make_response
 from ..gradients import RowGradients
 from ..gradients.rows import as_rows
 from ..recording import SegmentRecord
-from ..source.walk import check_handover, draw_sample, open_stage, segment_flow
+from ..source.walk import check_handover, draw_sample, enter_epochs, open_stage, segment_flow
 
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ class Responses:
     def final(self) -> RowGradients:
         """Engine of the last stage's model, at the final weights."""
         gradients = self.engine(len(self.stages) - 1)[0]
+        enter_epochs(gradients, self.stages[-1], self.stages[-1].segments[-1])
         self.stages[-1].load_weights(gradients.model, "final")
         return gradients
 
@@ -100,6 +101,7 @@ class Responses:
                 arrived |= {name: known[canonical] for name, canonical in now.items() if canonical in known}
             names = now
             for segment in self.stages[place].segments:
+                enter_epochs(gradients, self.stages[place], segment)
                 found = self._segment(place, segment)
                 if found is not None:
                     own = self._own(place, segment, found, numbers) if place == position else {}

@@ -219,3 +219,15 @@ def test_what_cannot_be_is_refused(tmp_path):
     with pytest.raises(UnsupportedError, match="trained no diffusion model"):
         attributor = SourceAttributor(record, method="diffusion-retrac", progress=False)
         attributor.scores(None, Queries.from_rows(record.stages[0].rows().select(range(2))))
+
+
+def test_an_index_knows_which_noise_each_segment_gave(tmp_path):
+    """With all numbers kept, its scores are those of the walk."""
+    _, record = record_run(tmp_path, Denoiser())
+    given = {"num_samples": 8, "progress": False, "dtype": torch.float64, "model": lambda stage: Denoiser()}
+    exact = SourceAttributor(record, **given)
+    queries = Queries.from_rows(images().select(range(3)))
+    exact.build_index(tmp_path / "index", numbers=10**6, precision="full")
+    found = SourceAttributor(record, index=tmp_path / "index", **given).scores(None, queries)
+    expected = exact.scores(None, queries)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
