@@ -262,7 +262,7 @@ def test_a_column_that_is_there_is_refused(record, queries_file, tmp_path):
 def test_settings_that_are_refused(record, tmp_path):
     plan = ["plan", record, *ASKED]
     said = refused(*plan, "--set", "nun_samples=3")
-    assert "'nun_samples' is not a setting of SourceAttributor with this method; it has checkpoints, curvature" in said
+    assert "'nun_samples' is not a setting of SourceAttributor with this method; it has cache_dir, checkpoints" in said
     assert "Override 'seed' is not of the form key=value" in refused(*plan, "--set", "seed")
     assert "seed='x' should be of type int, e.g. 0" in refused(*plan, "--set", "seed=x")
     assert "tail=1 should be of type bool, e.g. True" in refused(*plan, "--set", "tail=1")
