@@ -103,7 +103,7 @@ def test_the_record_holds_what_every_image_received(tmp_path):
 
 
 def test_a_unet_is_rebuilt_and_replayed(tmp_path):
-    """Resumed, the draws go on as they would have."""
+    """From its settings in the record, with the draws of every step; scores are the same for rows given anew."""
     _, record = record_run(tmp_path / "whole", unet(), optim="adamw_torch", learning_rate=1e-3)
     stage = record.stages[0]
     assert isinstance(stage.build_model(), UNet2DModel)
