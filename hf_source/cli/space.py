@@ -17,8 +17,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_errors import friendly_errors
-from .cli_options import CurvatureOption, Index, MethodOption, NumSamples
+from .errors import friendly_errors
+from .opening import named_settings
+from .options import CurvatureOption, Index, MethodOption, NumSamples
 
 
 space_app = typer.Typer(
@@ -50,8 +51,7 @@ def push_space_command(
     secret HF_TOKEN in the Space's settings.
     """
     with friendly_errors():
-        from .cli import _named
-        from .explorer.space import push_space
+        from ..explorer.space import push_space
 
-        settings: dict[str, Any] = _named(method, curvature, num_samples, index=index)
+        settings: dict[str, Any] = named_settings(method, curvature, num_samples, index=index)
         typer.echo(f"Pushed to {push_space(record, space, private=private, **settings)}.")

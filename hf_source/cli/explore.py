@@ -17,8 +17,9 @@ from typing import Annotated
 
 import typer
 
-from .cli_errors import friendly_errors
-from .cli_options import CurvatureOption, Datasets, Index, MethodOption, NumSamples, Recipe, Record, Settings
+from .errors import friendly_errors
+from .opening import open_with_datasets
+from .options import CurvatureOption, Datasets, Index, MethodOption, NumSamples, Recipe, Record, Settings
 
 
 def explore(
@@ -40,9 +41,8 @@ def explore(
     serves on this machine only, unless --host says otherwise.
     """
     with friendly_errors():
-        from .cli_report import attributor_of
-        from .explorer import Explorer
-        from .explorer.app import launch
+        from ..explorer import Explorer
+        from ..explorer.app import launch
 
-        attributor = attributor_of(record, recipe, settings, dataset, method, curvature, num_samples, index)
+        attributor = open_with_datasets(record, recipe, settings, dataset, method, curvature, num_samples, index)
         launch(Explorer(attributor), server_name=host, server_port=port, inbrowser=browser)

@@ -19,9 +19,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_errors import friendly_errors
-from .cli_options import Completions, MaxNewTokens, MethodOption, NumSamples, Prompts, QueriesFile, Settings
-from .errors import ConfigError
+from ..errors import ConfigError
+from .errors import friendly_errors
+from .opening import open_attributor, read_queries, read_rows
+from .options import Completions, MaxNewTokens, MethodOption, NumSamples, Prompts, QueriesFile, Settings
 
 
 ask_app = typer.Typer(
@@ -90,7 +91,7 @@ def why(
 ) -> None:
     """Why this error? The rows that push towards a wrong answer and away from the right one."""
     with friendly_errors():
-        from .questions import why as question
+        from ..questions import why as question
 
         source = _source(record, False, dataset, stage, method, num_samples, settings)
         _show(question(source, prompt, right, wrong or None, k=k, stage=stage, verify=verify), out)
@@ -116,7 +117,7 @@ def groups(
 ) -> None:
     """Which group? Influence of the values of a column, of stages, of clusters of texts."""
     with friendly_errors():
-        from .questions import groups as question
+        from ..questions import groups as question
 
         source = _source(record, shared, dataset, stage, method, num_samples, settings)
         asked = _asked(source, queries, prompt, completion, max_new_tokens)
@@ -141,7 +142,7 @@ def missing(
 ) -> None:
     """What is missing? Queries that no row supports, compared with the others."""
     with friendly_errors():
-        from .questions import missing as question
+        from ..questions import missing as question
 
         source = _source(record, shared, dataset, stage, method, num_samples, settings)
         asked = _asked(source, queries, prompt, completion, max_new_tokens)
@@ -172,8 +173,8 @@ def actions(
 ) -> None:
     """What should I change? Rows or groups to drop, to repeat or to relabel, by their predicted effect."""
     with friendly_errors():
-        from .questions import actions as question
-        from .questions.actions import KINDS
+        from ..questions import actions as question
+        from ..questions.actions import KINDS
 
         source = _source(record, shared, dataset, stage, method, num_samples, settings)
         asked = _asked(source, queries, prompt, completion, max_new_tokens)
@@ -197,7 +198,7 @@ def mislabelled(
 ) -> None:
     """Which rows are mislabelled? The ones that no other row supports; a list to check."""
     with friendly_errors():
-        from .questions import mislabelled as question
+        from ..questions import mislabelled as question
 
         source = _source(record, False, dataset, stage, method, num_samples, settings)
         asked = None if queries is None else _asked(source, queries, None, None, 0)
@@ -216,7 +217,7 @@ def duplicates(
 ) -> None:
     """Which rows are duplicates? Sets of rows with the same text, nearly so, or nearly the same gradient."""
     with friendly_errors():
-        from .questions import duplicates as question
+        from ..questions import duplicates as question
 
         source = _source(record, shared, dataset, stage, None, None, None)
         _show(question(source, by=by.value, threshold=threshold, stage=stage), out)
@@ -245,7 +246,7 @@ def keep(
 ) -> None:
     """Which data to keep? The rows that help a target most, against random rows of the same number."""
     with friendly_errors():
-        from .questions import keep as question
+        from ..questions import keep as question
 
         source = _source(record, shared, dataset, stage, method, num_samples, settings)
         asked = _asked(source, queries, prompt, completion, max_new_tokens)
@@ -274,7 +275,7 @@ def credit(
 ) -> None:
     """Who deserves credit? Shares per contributor that sum to one, by a rule that is said."""
     with friendly_errors():
-        from .questions import credit as question
+        from ..questions import credit as question
 
         source = _source(record, shared, dataset, stage, method, num_samples, settings)
         asked = _asked(source, queries, prompt, completion, max_new_tokens)
@@ -293,7 +294,7 @@ def trust(
 ) -> None:
     """Can I trust this? What was measured of scores on this run, and what stands against relying on them."""
     with friendly_errors():
-        from .questions import trust as question
+        from ..questions import trust as question
 
         _show(question(_source(record, shared, None, stage, method, num_samples, settings), stage=stage), out)
 
@@ -308,21 +309,19 @@ def _source(
     settings: list[str] | None,
 ) -> Any:
     """An attributor of the record, or the scores that were shared."""
-    from .cli import _attributor, _rows
-
     if shared or Path(record, "attribution.json").is_file():
         if datasets or method or num_samples or settings:
             raise ConfigError("Shared scores have their rows and settings already: leave the options for them out.")
-        from .outputs.attribution_files import load_attribution
+        from ..outputs.attribution_files import load_attribution
 
         return load_attribution(record)
     named = {"method": method and method.value, "num_samples": num_samples}
-    attributor = _attributor([record], None, settings, {k: v for k, v in named.items() if v is not None})
+    attributor = open_attributor([record], None, settings, {k: v for k, v in named.items() if v is not None})
     names = [own.name for own in attributor.record.stages]
     for given in datasets or []:
         name, sign, path = given.partition("=")
         of_stage = bool(sign) and name in names
-        attributor.set_dataset(name if of_stage else stage, _rows(path if of_stage else given))
+        attributor.set_dataset(name if of_stage else stage, read_rows(path if of_stage else given))
     return attributor
 
 
@@ -330,20 +329,19 @@ def _asked(
     source: Any, file: Path | None, prompts: list[str] | None, completions: list[str] | None, max_new_tokens: int
 ) -> Any:
     """The queries; of shared scores all of them by default."""
-    from .attribution.attributor import SourceAttributor
-    from .cli import _queries
+    from ..attribution.attributor import SourceAttributor
 
     if not isinstance(source, SourceAttributor):
         if file is None and not prompts:
             return None
         if file is None and not completions:
             raise ConfigError("Shared scores cannot generate: give --completion for each --prompt, or neither.")
-    return _queries(source, file, prompts, completions, max_new_tokens)
+    return read_queries(source, file, prompts, completions, max_new_tokens)
 
 
 def _regions(file: Path | None, column: str | None) -> list[str] | None:
     """A column of the queries' file."""
-    from .recipes import load_rows
+    from ..recipes import load_rows
 
     if column is None:
         return None
@@ -356,7 +354,7 @@ def _regions(file: Path | None, column: str | None) -> list[str] | None:
 
 
 def _corrections(file: Path | None) -> dict[int, dict[str, Any]] | None:
-    from .recipes import load_rows
+    from ..recipes import load_rows
 
     if file is None:
         return None

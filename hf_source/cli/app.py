@@ -16,28 +16,27 @@
 import logging
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from .cli_ask import ask_app
-from .cli_errors import friendly_errors
-from .cli_evaluate import evaluate
-from .cli_experiment import experiment_app
-from .cli_explore import explore
-from .cli_index import index
-from .cli_options import (
+from ..errors import ConfigError
+from .ask import ask_app
+from .errors import friendly_errors
+from .evaluate import evaluate
+from .experiment import experiment_app
+from .explore import explore
+from .index import index
+from .opening import named_settings, open_attributor, read_queries, read_rows
+from .options import (
     SAMPLES_HELP,
     Completions,
-    CurvatureName,
     CurvatureOption,
     DatasetPath,
     Ensemble,
-    EnsembleName,
     EnsembleSize,
     Index,
     MaxNewTokens,
-    Method,
     MethodOption,
     NumSamples,
     Prompts,
@@ -48,11 +47,10 @@ from .cli_options import (
     Settings,
     Stage,
 )
-from .cli_push import push
-from .cli_record import record_app
-from .cli_report import report
-from .cli_space import space_app
-from .errors import ConfigError
+from .push import push
+from .record import record_app
+from .report import report
+from .space import space_app
 
 
 app = typer.Typer(
@@ -95,12 +93,12 @@ def demo(
     """
     with friendly_errors():
         if export is not None:
-            from .demo.export import export_demo
+            from ..demo.export import export_demo
 
             for path in export_demo(export):
                 typer.echo(f"Wrote {path}.")
             return
-        from .demo.run import run_demo
+        from ..demo.run import run_demo
 
         run_demo(out, num_samples=num_samples, seed=seed)
 
@@ -124,7 +122,7 @@ def train(
         training: {output_dir: out/sft, record_dir: runs/capitals, stage: sft, num_train_epochs: 3}
     """
     with friendly_errors():
-        from .recipes import read_recipe, train_from_recipe
+        from ..recipes import read_recipe, train_from_recipe
 
         settings = read_recipe(recipe, overrides or [])
         path = train_from_recipe(settings)
@@ -148,7 +146,7 @@ def generate(
             raise ConfigError("There is no prompt: give --prompt (repeatable) or --prompts-file.")
         if out.suffix != ".jsonl":
             raise ConfigError(f"--out {out}: end the name in .jsonl, so that --queries can read it.")
-        queries = _attributor([record], None, [], {}).generate(prompts, max_new_tokens=max_new_tokens)
+        queries = open_attributor([record], None, [], {}).generate(prompts, max_new_tokens=max_new_tokens)
         out.parent.mkdir(parents=True, exist_ok=True)
         queries.to_dataset().to_json(str(out))
         for _, text, completion in queries:
@@ -176,10 +174,10 @@ def plan(
 ) -> None:
     """Tell passes, time and memory of an attribution before it runs."""
     with friendly_errors():
-        named = _named(method, curvature, num_samples, ensemble, ensemble_size)
-        attributor = _attributor([record, *(run or [])], recipe, settings, named)
-        asked = _queries(attributor, queries, prompt, completion, max_new_tokens)
-        typer.echo(str(attributor.plan(_rows(dataset), asked, stage)))
+        named = named_settings(method, curvature, num_samples, ensemble, ensemble_size)
+        attributor = open_attributor([record, *(run or [])], recipe, settings, named)
+        asked = read_queries(attributor, queries, prompt, completion, max_new_tokens)
+        typer.echo(str(attributor.plan(read_rows(dataset), asked, stage)))
 
 
 @app.command()
@@ -209,21 +207,21 @@ def attribute(
 ) -> None:
     """Score every row of a stage, and write the rows with one column per query."""
     with friendly_errors():
-        named = _named(method, curvature, num_samples, ensemble, ensemble_size, index)
+        named = named_settings(method, curvature, num_samples, ensemble, ensemble_size, index)
         writers = {".parquet": "to_parquet", ".csv": "to_csv", ".jsonl": "to_json"}
         if out.suffix not in writers:
             raise ConfigError(f"--out {out}: end the name in {', '.join(writers)}.")
         kept = out.with_name(f"{out.name}.work")
         if resume:
             named = {"cache_dir": str(kept), **named}
-        attributor = _attributor([record, *(run or [])], recipe, settings, named)
-        asked = _queries(attributor, queries, prompt, completion, max_new_tokens)
-        scored = attributor.attribute(_rows(dataset), asked, stage, std=std)
+        attributor = open_attributor([record, *(run or [])], recipe, settings, named)
+        asked = read_queries(attributor, queries, prompt, completion, max_new_tokens)
+        scored = attributor.attribute(read_rows(dataset), asked, stage, std=std)
         out.parent.mkdir(parents=True, exist_ok=True)
         getattr(scored, writers[out.suffix])(str(out))
         if resume and attributor.cache_dir == kept and attributor.accelerator.is_main_process:
             shutil.rmtree(kept, ignore_errors=True)
-        from .outputs.tables import describe_columns
+        from ..outputs.tables import describe_columns
 
         typer.echo(f"Wrote {out}: {describe_columns(scored, asked.names)}.")
         if scored.info.description:
@@ -259,15 +257,15 @@ def top(
 ) -> None:
     """Show the rows of every stage that support or oppose what was said most."""
     with friendly_errors():
-        named = _named(method, curvature, num_samples, ensemble, ensemble_size, index)
+        named = named_settings(method, curvature, num_samples, ensemble, ensemble_size, index)
         from rich.console import Console
 
-        from .attribution.methods import METHODS
-        from .outputs.page import write_page
-        from .outputs.tables import print_top
+        from ..attribution.methods import METHODS
+        from ..outputs.page import write_page
+        from ..outputs.tables import print_top
 
-        attributor = _attributor([record, *(run or [])], recipe, settings, named)
-        asked = _queries(attributor, queries, prompt, completion, max_new_tokens)
+        attributor = open_attributor([record, *(run or [])], recipe, settings, named)
+        asked = read_queries(attributor, queries, prompt, completion, max_new_tokens)
         table = attributor.top(asked, k=k, opposing=opposing, filter=filter, candidates=candidates)
         unit = "nats" if METHODS[attributor.method].nats else ""
         print_top(Console(), asked, table, unit)
@@ -276,86 +274,6 @@ def top(
         if out is not None:
             write_page(out, f"Attribution from {record}", asked, table, unit=unit)
             typer.echo(f"Wrote {out}.")
-
-
-def _named(
-    method: Method | None,
-    curvature: CurvatureName | None,
-    num_samples: int | None,
-    ensemble: EnsembleName | None = None,
-    ensemble_size: int | None = None,
-    index: str | None = None,
-) -> dict[str, Any]:
-    """The options that were given."""
-    named = {"method": method and method.value, "curvature": curvature and curvature.value, "num_samples": num_samples}
-    named |= {"ensemble": ensemble and ensemble.value, "ensemble_size": ensemble_size, "index": index}
-    return {key: value for key, value in named.items() if value is not None}
-
-
-def _attributor(records: list[str], recipe: Path | None, overrides: list[str] | None, named: dict[str, Any]) -> Any:
-    """The attributor, with settings from the recipe, then the options given on the command line, then `--set`."""
-    import inspect
-    from dataclasses import fields
-
-    from . import SourceAttributor
-    from .attribution import ENSEMBLES, METHODS
-    from .recipes import apply_override, read_settings
-
-    settings = {**(read_settings(recipe) if recipe is not None else {}), **named}
-    for override in overrides or []:
-        apply_override(settings, override)
-    # Objects such as a dataset or a task cannot be written on a command line.
-    parameters = inspect.signature(SourceAttributor.__init__).parameters.values()
-    known = {p.name: p.default for p in parameters if isinstance(p.default, (str, int))}
-    method = METHODS.get(str(settings.get("method", known["method"])))
-    ensemble = ENSEMBLES.get(str(settings.get("ensemble")))
-    own = [field for owner in (method, ensemble) if owner is not None for field in fields(owner.options)]
-    examples = {field.name: field.metadata.get("example", field.default) for field in own}
-    known |= {name: example for name, example in examples.items() if isinstance(example, (str, int, float))}
-    known |= {"cache_dir": "folder", "memory_budget": "2GiB"}
-    if isinstance(settings.get("memory_budget"), int):
-        settings["memory_budget"] = str(settings["memory_budget"])
-    known |= {"ensemble": "dropout", "ensemble_size": 10, "index": "runs/capitals-index"}
-    for key, value in settings.items():
-        if key not in known:
-            raise ConfigError(
-                f"{key!r} is not a setting of SourceAttributor with this method; it has {', '.join(sorted(known))}."
-            )
-        if type(value) is not type(known[key]) and not (type(known[key]) is float and type(value) is int):
-            raise ConfigError(f"{key}={value!r} should be of type {type(known[key]).__name__}, e.g. {known[key]!r}.")
-    return SourceAttributor.from_record(records, **settings)
-
-
-def _queries(
-    attributor: Any, file: Path | None, prompts: list[str] | None, completions: list[str] | None, max_new_tokens: int
-) -> Any:
-    from . import Queries
-    from .recipes import load_rows
-
-    if (file is None) == (not prompts):
-        raise ConfigError("Say what to explain: either --queries FILE, or --prompt (with --completion, or generated).")
-    if file is not None:
-        rows = load_rows(file)
-        if "input_ids" in rows.column_names:
-            queries = Queries.from_dataset(rows, attributor.processing_class)
-            given = {"prompt", "completion"} <= set(rows.column_names)
-            return Queries(queries.names, rows["prompt"][:], rows["completion"][:], queries.rows) if given else queries
-        missing = {"prompt", "completion"} - set(rows.column_names)
-        if missing:
-            raise ConfigError(f"{file} has no column {sorted(missing)[0]!r}: queries have prompt and completion.")
-        names = rows["name"][:] if "name" in rows.column_names else None
-        return Queries.from_text(rows["prompt"][:], rows["completion"][:], names)
-    if completions:
-        if len(completions) != len(prompts):
-            raise ConfigError(f"{len(prompts)} --prompt but {len(completions)} --completion: give one for each.")
-        return Queries.from_text(prompts, completions)
-    return attributor.generate(prompts, max_new_tokens=max_new_tokens)
-
-
-def _rows(path: str | None) -> Any:
-    from .recipes import load_rows
-
-    return None if path is None else load_rows(path)
 
 
 def _read_text(path: Path) -> str:
@@ -369,7 +287,3 @@ def main() -> None:
     # On import it warns of an optional package of its own, at every command, whether or not it is used.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     app()
-
-
-if __name__ == "__main__":
-    main()

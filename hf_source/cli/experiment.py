@@ -18,8 +18,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_errors import friendly_errors
-from .cli_options import (
+from ..errors import ConfigError
+from .errors import friendly_errors
+from .opening import open_attributor, read_queries, read_rows
+from .options import (
     Cache,
     Completions,
     MethodNames,
@@ -30,7 +32,6 @@ from .cli_options import (
     Settings,
     Stage,
 )
-from .errors import ConfigError
 
 
 experiment_app = typer.Typer(
@@ -178,7 +179,7 @@ def retrieval(
 ) -> None:
     """Does the row that states a fact come out on top?"""
     with friendly_errors():
-        from .recipes import load_rows
+        from ..recipes import load_rows
 
         if queries is None:
             raise ConfigError("Give --queries with prompt, completion and the number of the right row.")
@@ -202,17 +203,16 @@ def _experiment(
     settings: list[str] | None,
     needs_queries: bool = True,
 ) -> Any:
-    from .cli import _attributor, _queries, _rows
-    from .cli_evaluate import labelled
-    from .evaluation.experiments import Experiment
+    from ..evaluation.experiments import Experiment
+    from .evaluate import labelled
 
     chosen = labelled(methods or ["source"])
-    attributor = _attributor([record], None, settings, {})
+    attributor = open_attributor([record], None, settings, {})
     if dataset is not None:
-        attributor.set_dataset(stage, _rows(dataset))
+        attributor.set_dataset(stage, read_rows(dataset))
     asked = None
     if needs_queries or queries is not None or prompts:
-        asked = _queries(attributor, queries, prompts, completions, 32)
+        asked = read_queries(attributor, queries, prompts, completions, 32)
     return Experiment(attributor, asked, methods=chosen, stage=stage, cache=cache)
 
 

@@ -18,8 +18,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_errors import friendly_errors
-from .cli_options import (
+from ..errors import ConfigError
+from .errors import friendly_errors
+from .opening import open_with_datasets, read_queries
+from .options import (
     Completions,
     CurvatureOption,
     Datasets,
@@ -32,7 +34,6 @@ from .cli_options import (
     Recipe,
     Settings,
 )
-from .errors import ConfigError
 
 
 def report(
@@ -81,45 +82,21 @@ def report(
             asking = {"--queries": queries, "--prompt": prompt, "--stage": stage, "--report-to": report_to}
             _of_scores(run, out, title, column, asking)
         else:
-            from .cli import _queries
-
-            attributor = attributor_of(run, recipe, settings, dataset, method, curvature, num_samples, index)
-            asked = _queries(attributor, queries, prompt, completion, max_new_tokens)
+            attributor = open_with_datasets(run, recipe, settings, dataset, method, curvature, num_samples, index)
+            asked = read_queries(attributor, queries, prompt, completion, max_new_tokens)
             attributor.report(out, asked, stage, k, title=title, columns=column, shaded=shaded)
             if report_to:
-                from .outputs.logged import log_attribution
+                from ..outputs.logged import log_attribution
 
                 log_attribution(attributor, report_to, output_dir=out.parent)
         typer.echo(f"Wrote {out}.")
-
-
-def attributor_of(
-    record: str,
-    recipe: Path | None,
-    settings: list[str] | None,
-    datasets: list[str] | None,
-    method: Any,
-    curvature: Any,
-    num_samples: int | None,
-    index: str | None,
-) -> Any:
-    """The attributor of a command that takes datasets by stage."""
-    from .cli import _attributor, _named
-    from .cli_push import _by_stage
-    from .recipes import load_rows
-
-    given = _by_stage(datasets, "--dataset")
-    attributor = _attributor([record], recipe, settings, _named(method, curvature, num_samples, index=index))
-    for name, path in given.items():
-        attributor.set_dataset(name, load_rows(path))
-    return attributor
 
 
 def _of_scores(run: str, out: Path, title: str | None, columns: list[str] | None, given: dict[str, Any]) -> None:
     for option, value in given.items():
         if value:
             raise ConfigError(f"{option} asks the model, but {run} holds scores: give the training record instead.")
-    from . import load_attribution
-    from .outputs.report import write_report
+    from .. import load_attribution
+    from ..outputs.report import write_report
 
     write_report(out, load_attribution(run), columns=columns, **({} if title is None else {"title": title}))

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 
 import typer
 
-from .errors import HFSourceError
+from ..errors import HFSourceError
 
 
 @contextmanager

@@ -18,8 +18,9 @@ from typing import Annotated
 
 import typer
 
-from .cli_errors import friendly_errors
-from .cli_options import CurvatureOption, MethodOption, NumSamples, Recipe, Record, Settings
+from .errors import friendly_errors
+from .opening import open_with_datasets
+from .options import CurvatureOption, MethodOption, NumSamples, Recipe, Record, Settings
 
 
 def index(
@@ -51,15 +52,9 @@ def index(
     It costs about as much as attributing a few queries; a build that was cut off goes on when it is run again.
     """
     with friendly_errors():
-        from .cli import _attributor, _named
-        from .cli_push import _by_stage
-        from .index import SourceIndex
-        from .recipes import load_rows
+        from ..index import SourceIndex
 
-        given = _by_stage(dataset, "--dataset")
-        attributor = _attributor([record], recipe, settings, _named(method, curvature, num_samples))
-        for name, path in given.items():
-            attributor.set_dataset(name, load_rows(path))
+        attributor = open_with_datasets(record, recipe, settings, dataset, method, curvature, num_samples)
         built = SourceIndex.load(attributor.build_index(folder, numbers, precision))
         typer.echo(f"Wrote {folder}: {built.num_bytes / 2**20:,.1f} MiB. {built.note(built.stages)}")
         if push is not None:

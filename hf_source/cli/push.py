@@ -17,8 +17,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_errors import friendly_errors
-from .cli_options import (
+from .errors import friendly_errors
+from .opening import by_stage, open_with_datasets, read_queries
+from .options import (
     Completions,
     CurvatureOption,
     MaxNewTokens,
@@ -31,7 +32,6 @@ from .cli_options import (
     Revision,
     Settings,
 )
-from .errors import ConfigError
 
 
 def push(
@@ -83,15 +83,9 @@ def push(
     Log in first with `hf auth login`. `hf_source.load_attribution` and `datasets.load_dataset` read it.
     """
     with friendly_errors():
-        from .cli import _attributor, _named, _queries
-        from .recipes import load_rows
-
-        given = _by_stage(dataset, "--dataset")
         sources = _sources(source_dataset)
-        attributor = _attributor([record], recipe, settings, _named(method, curvature, num_samples))
-        for name, path in given.items():
-            attributor.set_dataset(name, load_rows(path))
-        asked = _queries(attributor, queries, prompt, completion, max_new_tokens)
+        attributor = open_with_datasets(record, recipe, settings, dataset, method, curvature, num_samples)
+        asked = read_queries(attributor, queries, prompt, completion, max_new_tokens)
         url = attributor.push_to_hub(
             repo_id,
             asked,
@@ -107,18 +101,8 @@ def push(
         typer.echo(f"Pushed to {url}.")
 
 
-def _by_stage(given: list[str] | None, option: str) -> dict[str, str]:
-    found = {}
-    for text in given or []:
-        name, sign, value = text.partition("=")
-        if not (name and sign and value):
-            raise ConfigError(f"{option} {text}: write it as stage=value, such as sft=chats.")
-        found[name] = value
-    return found
-
-
 def _sources(given: list[str] | None) -> Any:
     """One id for all stages, or stage -> id."""
     if given and len(given) == 1 and "=" not in given[0]:
         return given[0]
-    return _by_stage(given, "--source-dataset")
+    return by_stage(given, "--source-dataset")

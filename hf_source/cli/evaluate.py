@@ -19,8 +19,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_errors import friendly_errors
-from .cli_options import (
+from ..errors import ConfigError
+from .errors import friendly_errors
+from .opening import open_attributor, read_queries
+from .options import (
     Cache,
     Completions,
     MaxNewTokens,
@@ -32,7 +34,6 @@ from .cli_options import (
     Settings,
     Stage,
 )
-from .errors import ConfigError
 
 
 class RetrainingName(StrEnum):
@@ -84,13 +85,12 @@ def evaluate(
     with friendly_errors():
         from rich.console import Console
 
-        from .cli import _attributor, _queries
-        from .evaluation import evaluate as run
-        from .evaluation.planning import plan_evaluation
+        from ..evaluation import evaluate as run
+        from ..evaluation.planning import plan_evaluation
 
         chosen = labelled(methods or ["source"])
-        attributor = _attributor([record], None, settings, {})
-        asked = _queries(attributor, queries, prompt, completion, max_new_tokens)
+        attributor = open_attributor([record], None, settings, {})
+        asked = read_queries(attributor, queries, prompt, completion, max_new_tokens)
         chosen_again = {"stage": stage, "cache": cache, "fresh": fresh}
         again = _retraining(attributor, attributor.encode(asked), retraining, num_workers, training, chosen_again)
         options = {
@@ -113,13 +113,13 @@ def evaluate(
 def _retraining(
     attributor: Any, queries: Any, kind: RetrainingName, num_workers: int, recipe: Path | None, options: dict[str, Any]
 ) -> Any:
-    from .evaluation.evaluate import stacked_for, trainer_for
+    from ..evaluation.evaluate import stacked_for, trainer_for
 
     if kind is RetrainingName.stacked:
         if num_workers or recipe is not None:
             raise ConfigError("--num-workers and --training belong to --retraining trainer.")
         return stacked_for(attributor, queries, **options)
-    from .recipes import trainer_of
+    from ..recipes import trainer_of
 
     make_trainer = None if recipe is None else trainer_of(recipe)
     return trainer_for(attributor, queries, num_workers=num_workers, make_trainer=make_trainer, **options)
@@ -131,7 +131,7 @@ def labelled(given: list[str]) -> dict[str, dict[str, Any]]:
     Raises:
         ConfigError: if something is empty, given twice, or not of the form key=value.
     """
-    from .recipes import apply_override
+    from ..recipes import apply_override
 
     found: dict[str, dict[str, Any]] = {}
     for label in (part.strip() for text in given for part in text.split(",")):

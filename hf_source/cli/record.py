@@ -18,8 +18,8 @@ from typing import Annotated
 
 import typer
 
-from .cli_errors import friendly_errors
-from .cli_options import Record, Revision
+from .errors import friendly_errors
+from .options import Record, Revision
 
 
 record_app = typer.Typer(
@@ -39,8 +39,8 @@ def show(record: Record, revision: Revision = None) -> None:
     with friendly_errors():
         from rich.console import Console
 
-        from . import TrainingRecord
-        from .outputs.records import print_record
+        from .. import TrainingRecord
+        from ..outputs.records import print_record
 
         print_record(Console(), TrainingRecord.load(record, revision))
 
@@ -56,7 +56,7 @@ def verify(
     Ends with exit code 1 if anything is wrong.
     """
     with friendly_errors():
-        from . import TrainingRecord
+        from .. import TrainingRecord
 
         found = TrainingRecord.load(record, revision)
         problems = found.verify()
@@ -95,7 +95,7 @@ def from_checkpoints(
     `training`.
     """
     with friendly_errors():
-        from .recipes import read_recipe, record_from_recipe
+        from ..recipes import read_recipe, record_from_recipe
 
         record = record_from_recipe(read_recipe(recipe, overrides or []), checkpoints)
         typer.echo(f"Rebuilt {record.stages[-1]} in {record.path}.")
@@ -114,7 +114,7 @@ def push(
 ) -> None:
     """Publish a record on the Hub with a card. Log in first with `hf auth login`."""
     with friendly_errors():
-        from . import TrainingRecord
+        from .. import TrainingRecord
 
         url = TrainingRecord.load(record).push_to_hub(
             repo_id, include_rows=include_rows, private=private, revision=revision
@@ -130,7 +130,7 @@ def pull(
 ) -> None:
     """Copy a record from the Hub to a folder."""
     with friendly_errors():
-        from . import TrainingRecord
+        from .. import TrainingRecord
 
         record = TrainingRecord.pull(repo_id, folder, revision)
         typer.echo(f"Pulled {', '.join(stage.name for stage in record.stages)} to {folder}.")
