@@ -80,7 +80,7 @@ def test_every_kind_of_factor_is_among_the_cases(segment):
     assert "transformer.h.0.attn.c_attn.weight" in kfac["gpt2"] and "transformer.wte.weight" not in kfac["gpt2"]
     assert {"lm_head.weight", "model.layers.0.mlp.up_proj.weight"} <= kfac["llama"]
     assert sum("lora_" in name for name in kfac["lora-gpt2"]) == 8 and len(kfac["lora-gpt2"]) == 12
-    assert kfac["odd"] == {"twice.weight", "idle.weight", "head.weight"}
+    assert kfac["odd"] == {"twice.weight", "idle.weight", "head.weight", "convolution.weight"}
 
 
 @pytest.mark.parametrize(
