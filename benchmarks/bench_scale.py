@@ -66,15 +66,15 @@ MIDDLE = {
     "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 4,
     "num_key_value_heads": 4, "vocab_size": 8192, "tie_word_embeddings": True,
 }  # fmt: skip
-NUM_ROWS, TOKENS, NUM_QUERIES = 32, 128, 16
+TOKENS, NUM_QUERIES = 128, 16
 SHARE = 4  # rows for each sample of the curvature
 LINES: dict[str, dict[str, Any]] = {
     **{
         f"smollm2 {kind}, L={segments}": {
-            "kind": kind, "segments": segments, "rows": NUM_ROWS, "tokens": TOKENS, "queries": NUM_QUERIES,
-            "samples": NUM_ROWS // SHARE, "max_tokens_per_batch": 2048, "memory_budget": 4 * 2**30,
+            "kind": kind, "segments": segments, "rows": rows, "tokens": TOKENS, "queries": NUM_QUERIES,
+            "samples": rows // SHARE, "max_tokens_per_batch": 2048, "memory_budget": 4 * 2**30,
         }
-        for kind in ("lora", "full") for segments in (1, 3)
+        for kind, rows in (("lora", 128), ("full", 32)) for segments in (1, 3)
     },
     **{
         f"llama 9M full, L={segments}": {
