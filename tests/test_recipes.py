@@ -241,6 +241,21 @@ def test_the_readme_of_the_paper(folder):
         assert all(f'"{part}":' in BENCHMARK_DATA.read_text(encoding="utf-8") for part in name.split())
 
 
+def test_the_readme_of_diffusion(folder):
+    text = (RECIPES / "diffusion" / "README.md").read_text(encoding="utf-8")
+    scripts = [shlex.split(line) for line in text.splitlines() if line.startswith("python recipes/diffusion/")]
+    assert len(scripts) == 2
+    fewer = "--rows 20 --epochs 3 --drawings 2 --num_samples 8 --timesteps 10 --k 3".split()
+    for words in scripts:
+        done = subprocess.run([sys.executable, *words[1:], *fewer], capture_output=True, encoding="utf-8")
+        assert done.returncode == 0, done.stderr
+        folder = Path(words[words.index("--output_dir") + 1])
+        assert (folder / "grid.png").read_bytes().startswith(b"\x89PNG")
+        scored = load_dataset("parquet", data_files=str(folder / "scored.parquet"), split="train")
+        assert len(scored) == 20 and {"digit", "source_q0", "source_q1"} <= set(scored.column_names)
+        assert max(map(abs, scored["source_q0"])) > 0
+
+
 BENCHMARK_DATA = RECIPES.parent / "benchmarks" / "paper" / "data.py"
 
 
