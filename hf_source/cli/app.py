@@ -89,7 +89,7 @@ def demo(
 ) -> None:
     """Train a small model on facts about countries in two stages, let it answer, and show which rows made it.
 
-    Runs on a CPU in about two minutes, with no network: the facts come with the package `countryinfo`.
+    Runs on a CPU in a few minutes, with no network: the facts come with the package `countryinfo`.
     """
     with friendly_errors():
         if export is not None:

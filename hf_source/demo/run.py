@@ -39,7 +39,7 @@ METHODS = ("source", "grad-cos", "bm25")
 """What is compared: ours, a gradient method without curvature, and no model at all."""
 
 MAX_QUERIES = 110
-"""Right answers that are attributed: enough for figures in steps of a percent, few enough for two minutes."""
+"""Right answers that are attributed: enough for figures in steps of a percent, few enough for a few minutes."""
 
 MEMORY_BUDGET = 128 * 2**20
 
