@@ -19,7 +19,7 @@ time: the products are a third of the pass that gave them, which is not made aga
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -86,6 +86,12 @@ class Columns:
         if not self.parts:
             return self._held()
         return self.block(slice(0, self.size), None)
+
+    def at_hand(self, max_bytes: int) -> "Columns":
+        """The same for repeated reading: dense, if that takes no more bytes; what is held here stays as it is."""
+        if not self.parts or self.size * self.like.numel() * self.like.element_size() > max_bytes:
+            return self
+        return replace(self, dense=self.whole(), parts=[])
 
     def samples(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Some samples after another: their numbers and `[samples, *shape]`."""

@@ -144,8 +144,12 @@ class JointCurvature:
                 if name not in trained:
                     carried.update({name: q} if carry else {})
                     continue
-                scoring[name], after = self._tail(name, q, columns[name], flow, sample, carry)
-                self._accumulate(name, columns[name], [scoring[name], *after], flow, grams, projections)
+                own = columns[name]
+                if not (self.tail and is_cheaper(own, flow.preconditioner[name])):
+                    own = own.at_hand(self.memory_budget // 2)  # read three times: made once, if there is room
+                scoring[name], after = self._tail(name, q, own, flow, sample, carry)
+                self._accumulate(name, own, [scoring[name], *after], flow, grams, projections)
+                del own
                 if after:
                     (carried[name],) = after
                 if len(groups) > 1:
