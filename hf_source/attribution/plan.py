@@ -109,30 +109,61 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(attributor: "SourceAttributor", queries: Queries, target: StageRecord) -> Plan:
-    """Predict the cost of attributing `queries` to the rows of `target`, with every later stage walked through."""
+@dataclass(frozen=True)
+class Measured:
+    """What estimates of several methods for one record have in common.
+
+    Attributes:
+        stages: that are walked through, first to last.
+        gradients: engine of the last one's model.
+        num_queries: asked.
+        seconds_per_token: of forward, backward and what the attributor's method does with the gradients.
+    """
+
+    stages: list[StageRecord]
+    gradients: RowGradients
+    num_queries: int
+    seconds_per_token: float
+
+
+def measure(attributor: "SourceAttributor", queries: Queries, target: StageRecord) -> Measured:
+    """Time a few batches of the last stage; `target` is the stage whose rows are scored."""
     stages = [stage for stage in attributor.record.stages if stage.index >= target.index]
     last = stages[-1]
     model = attributor.build_model(last)
     wanted = wanted_parameters(model, attributor.record.stages)
     gradients = RowGradients(model, attributor.rows(last).task, list(wanted))
+    per_token = _seconds_per_token(attributor, gradients, last, queries)
+    return Measured(stages, gradients, len(queries), per_token)
+
+
+def make_plan(attributor: "SourceAttributor", queries: Queries, target: StageRecord) -> Plan:
+    """Predict the cost of attributing `queries` to the rows of `target`, with every later stage walked through."""
+    return estimate(attributor, measure(attributor, queries, target))
+
+
+def estimate(attributor: "SourceAttributor", measured: Measured) -> Plan:
+    """Predict the cost of the attributor's method."""
+    stages, gradients, count = measured.stages, measured.gradients, measured.num_queries
+    last = stages[-1]
     sizes = [parameter.numel() for parameter in gradients.parameters.values()]
     columns = _column_bytes(attributor, gradients, last)
     passes = _sample_passes(attributor, columns)
-    plans = [_stage_plan(attributor, stage, passes, len(queries)) for stage in reversed(stages)]
+    plans = [_stage_plan(attributor, stage, passes, count) for stage in reversed(stages)]
     tokens = sum(plan.sample_tokens + plan.score_tokens for plan in plans)
-    per_token = _seconds_per_token(attributor, gradients, last, queries)
-    seconds = per_token * (tokens + _curvature_tokens(attributor, gradients, last, plans, columns, len(queries)))
+    seconds = measured.seconds_per_token * (
+        tokens + _curvature_tokens(attributor, gradients, last, plans, columns, count)
+    )
     return Plan(
         attributor.method,
         attributor.curvature_name,
-        len(queries),
+        count,
         sum(sizes),
         plans,
         seconds,
-        _memory(attributor, gradients, len(queries), columns),
+        _memory(attributor, gradients, count, columns),
         sum(stage.num_bytes for stage in stages),
-        0 if attributor.cache_dir is None else _written(gradients, stages, len(queries)),
+        0 if attributor.cache_dir is None else _written(gradients, stages, count),
     )
 
 
