@@ -149,7 +149,10 @@ def pretrained(kind: str, tokenizer, rows: list[str], folder: Path) -> GPT2LMHea
 
 
 def finetune(kind: str, segments: list[int], folder: Path, callbacks: Sequence = ()) -> dict[int, TrainingRecord]:
-    """Record the finetuning run, once per number of segments; the run itself is the same."""
+    """Record the finetuning run, once per number of segments; the run itself is the same. Records there are taken."""
+    paths = {number: folder / f"{kind}-{number}" for number in segments}
+    if not callbacks and all(path.with_suffix(".done").exists() for path in paths.values()):
+        return {number: TrainingRecord.load(path) for number, path in paths.items()}
     before, after, _ = texts(kind)
     tokenizer = train_tokenizer(before[:3000] + after, 512)
     start = pretrained(kind, tokenizer, before, folder)
@@ -157,7 +160,7 @@ def finetune(kind: str, segments: list[int], folder: Path, callbacks: Sequence =
     for number in segments:
         args = SourceConfig(
             output_dir=str(folder / "out"),
-            record_dir=str(folder / f"{kind}-{number}"),
+            record_dir=str(paths[number]),
             num_segments=number,
             checkpoints_per_segment=2,
             per_device_train_batch_size=BATCH_SIZE,
@@ -171,6 +174,7 @@ def finetune(kind: str, segments: list[int], folder: Path, callbacks: Sequence =
             copy.deepcopy(start), args, train_dataset=rows, processing_class=tokenizer, callbacks=list(callbacks)
         ).train()
         records[number] = TrainingRecord.load(args.record_dir)
+        paths[number].with_suffix(".done").touch()
     return records
 
 
@@ -208,11 +212,15 @@ def run(kind: str, options: argparse.Namespace, folder: Path, results: dict, sav
     record = records[segments[0]]
     queries = Queries.from_text(*zip(*texts(kind)[2], strict=True)).encode(record.processing_class())
     removed = removal_masks(NUM_ROWS, NUM_SUBSETS, FRACTION)
-    losses = ground_truth(record, queries, removed)
+    kept = folder / f"{kind}-{segments[0]}.losses.npy"
+    if not kept.exists():
+        np.save(kept, ground_truth(record, queries, removed))
+    losses = np.load(kept)
 
     def note(label: str, scores: np.ndarray, of: np.ndarray, cost: dict[str, float]) -> None:
         results[label] = entry(scores, of, losses, cost.pop("seconds")) | cost
         save()
+        np.save(folder / f"{kind}, {label}.npy", scores)
         print(kind, label, results[label], flush=True)  # noqa: T201
 
     for number, recorded in records.items():
@@ -261,6 +269,7 @@ def main() -> None:
     parser = results_file.parser(__doc__, __file__)
     parser.add_argument("--rows", nargs="+", choices=sorted(PRETRAINING), default=["wiki", "facts", "hard"])
     parser.add_argument("--segments", type=int, nargs="+", default=[3], help="numbers of segments compared")
+    parser.add_argument("--folder", type=Path, help="where run, retrainings and scores stay, for a next call")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     report = results_file.load(args.out)
@@ -278,7 +287,7 @@ def main() -> None:
         }
         report[kind] = results_file.section(settings, None if args.only == [""] else report.get(kind))
         with tempfile.TemporaryDirectory() as folder:
-            run(kind, args, Path(folder), report[kind]["results"], save)
+            run(kind, args, args.folder or Path(folder), report[kind]["results"], save)
 
 
 if __name__ == "__main__":
