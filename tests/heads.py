@@ -22,6 +22,8 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
     BertForMultipleChoice,
@@ -36,7 +38,7 @@ from transformers import (
 
 from hf_source import SourceTrainer, TrainingRecord
 
-from .cases import config
+from .cases import config, tiny_gpt2
 
 
 def tiny_bert(cls: type = BertForSequenceClassification, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
@@ -46,6 +48,17 @@ def tiny_bert(cls: type = BertForSequenceClassification, dtype: torch.dtype = to
     words = {"vocab_size": 20, "max_position_embeddings": 12, "pad_token_id": 0}
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.3}
     return cls(BertConfig(**sizes | words | off | settings)).to(dtype)
+
+
+def tiny_bart(dtype: torch.dtype = torch.float32) -> BartForConditionalGeneration:
+    """An encoder and a decoder of one layer of width 8, without dropout."""
+    torch.manual_seed(0)
+    sides = [f"{side}_{what}" for side in ("encoder", "decoder") for what in ("layers", "attention_heads", "ffn_dim")]
+    sizes = dict(zip(sides, (1, 2, 12) * 2, strict=True)) | {"d_model": 8, "vocab_size": 20, "init_std": 0.3}
+    ends = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 1}
+    off = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "max_position_embeddings": 12}
+    fast = {"attn_implementation": "eager"}  # which vmap batches
+    return BartForConditionalGeneration(BartConfig(**sizes, **ends, **off, **fast)).to(dtype)
 
 
 def tiny_vit(dtype: torch.dtype = torch.float32) -> ViTForImageClassification:
@@ -145,6 +158,17 @@ def _tokens() -> Dataset:
     return rows.add_column("labels", [[-100, *(int(t > 9) for t in r[1:])] for r in rows["input_ids"]])
 
 
+def _completions() -> Dataset:
+    """Rows whose first two tokens are a prompt."""
+    rows = texts(lambda r: 0).remove_columns("labels")
+    return rows.add_column("labels", [[-100, -100, *r[2:]] for r in rows["input_ids"]])
+
+
+def _translations() -> Dataset:
+    """The first three tokens, each with its successor; every fifth row has another one's."""
+    return texts(lambda r: [(int(t) % 19) + 1 for t in r[:3]])
+
+
 def _masked() -> Dataset:
     """Rows masked once, as the refusal of random masks asks for."""
     rows = texts(lambda r: 0).remove_columns("labels")
@@ -188,6 +212,12 @@ class Head:
 
 
 HEADS = {
+    "causal": Head(
+        lambda d: tiny_gpt2(dtype=d, n_layer=1, n_embd=8, vocab_size=20, initializer_range=0.3),
+        _completions,
+        "causal_lm",
+    ),
+    "seq2seq": Head(tiny_bart, _translations, "seq2seq_lm"),
     "single": Head(
         lambda d: tiny_bert(dtype=d, num_labels=3), lambda: texts(lambda r: int(r[0]) % 3), "classification"
     ),

@@ -23,6 +23,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from transformers import default_data_collator
 
 from ...data import ROW, CausalLMCollator, take_rows
 from ...errors import DataError, UnsupportedError
@@ -239,8 +240,10 @@ def collator_of(stage: StageRecord, task: RowLossTask | None, given: Any) -> Cal
     return lambda rows: collator([{k: v for k, v in row.items() if columns is None or k in columns} for row in rows])
 
 
-def _default_collator(stage: StageRecord) -> CausalLMCollator:
+def _default_collator(stage: StageRecord) -> Callable[[list], Mapping[str, Any]]:
     recorded = stage.collator["class"]
+    if recorded == f"{default_data_collator.__module__}.{default_data_collator.__qualname__}":
+        return lambda rows: default_data_collator([{k: v for k, v in row.items() if k != ROW} for row in rows])
     if recorded not in _RIGHT_PADDING:
         raise DataError(
             f"Stage '{stage.name}' collated its rows with {recorded}, which the record does not hold. Pass it as "
