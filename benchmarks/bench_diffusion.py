@@ -28,7 +28,6 @@ Queries are held-out digits.
 """
 
 import argparse
-import tempfile
 import time
 from pathlib import Path
 
@@ -152,9 +151,7 @@ def main() -> None:
         "rows": NUM_ROWS, "outliers": NUM_OUTLIERS, "queries": NUM_QUERIES, "subsets": NUM_SUBSETS,
         "fraction": FRACTION, "training": TRAINING, "command": "python benchmarks/bench_diffusion.py",
     }  # fmt: skip
-    report = results_file.section(settings, None if args.only == [""] else results_file.load(args.out))
-    with tempfile.TemporaryDirectory() as folder:
-        run(args, Path(folder), report, results_file.saver(args.out, report))
+    results_file.go_on(run, args, settings)
 
 
 if __name__ == "__main__":

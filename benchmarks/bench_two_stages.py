@@ -25,7 +25,6 @@ functions and gradient products look at the final model only; Source walks back 
 
 import argparse
 import random
-import tempfile
 import time
 from pathlib import Path
 
@@ -119,9 +118,7 @@ def main() -> None:
         "queries": 24, "each stage": SHORT, "max_tokens": MAX_TOKENS,
         "command": "python benchmarks/bench_two_stages.py",
     }  # fmt: skip
-    report = results_file.section(settings, None if args.only == [""] else results_file.load(args.out))
-    with tempfile.TemporaryDirectory() as folder:
-        run(args, Path(folder), report, results_file.saver(args.out, report))
+    results_file.go_on(run, args, settings)
 
 
 if __name__ == "__main__":

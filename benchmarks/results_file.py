@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -76,3 +77,14 @@ def parser(doc: str, script: str) -> argparse.ArgumentParser:
     name = Path(script).stem.removeprefix("bench_")
     found.add_argument("--out", type=Path, default=Path(script).with_name(f"{name}.json"))
     return found
+
+
+def go_on(
+    run: Callable[[argparse.Namespace, Path, dict[str, Any], Callable[[], None]], None],
+    args: argparse.Namespace,
+    settings: Mapping[str, Any],
+) -> None:
+    """Run a benchmark that is one section: `run(args, folder, report, save)`, in a folder that is gone afterwards."""
+    report = section(settings, None if args.only == [""] else load(args.out))
+    with tempfile.TemporaryDirectory() as folder:
+        run(args, Path(folder), report, saver(args.out, report))

@@ -25,7 +25,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from .errors import ConfigError
+from .errors import ConfigError, DataError
 
 
 CARD_FILE = "README.md"
@@ -155,3 +155,28 @@ def snapshot(
         raise NoRepositoryError(str(error)) from error
     except (*UNREACHABLE, ValueError) as error:
         raise HubError(str(error)) from error
+
+
+def dataset_snapshot(
+    kind: str, repo_id: str, hint: str = "", *, revision: str | None = None, token: str | bool | None = None
+) -> Path:
+    """Files of something that a dataset repository holds and that was not found as a folder.
+
+    Args:
+        kind: what it should be, for the message.
+        hint: a sentence on how to make one.
+
+    Raises:
+        DataError: if there is none, or if it cannot be read.
+    """
+    try:
+        return snapshot(repo_id, "dataset", revision=revision, token=token)
+    except NoRepositoryError as error:
+        raise DataError(
+            f"There is no {kind} {repo_id!r}: neither a folder of that path nor a dataset repository on the Hub. "
+            f"{hint}{' ' if hint else ''}Check the spelling; for a private repository run `hf auth login`."
+        ) from error
+    except HubError as error:
+        raise DataError(
+            f"There is no folder {repo_id!r}, and the Hub repository of that name could not be read ({error})."
+        ) from error

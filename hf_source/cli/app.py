@@ -22,31 +22,14 @@ import typer
 
 from ..errors import ConfigError
 from .ask import ask_app
-from .errors import friendly_errors
+from .command import command
 from .evaluate import evaluate
 from .experiment import experiment_app
 from .explore import explore
+from .groups import Asked, Models, Scoring
 from .index import index
-from .opening import named_settings, open_attributor, read_queries, read_rows
-from .options import (
-    SAMPLES_HELP,
-    Completions,
-    CurvatureOption,
-    DatasetPath,
-    Ensemble,
-    EnsembleSize,
-    Index,
-    MaxNewTokens,
-    MethodOption,
-    NumSamples,
-    Prompts,
-    QueriesFile,
-    Recipe,
-    Record,
-    Runs,
-    Settings,
-    Stage,
-)
+from .opening import open_attributor, read_rows
+from .options import SAMPLES_HELP, DatasetPath, Index, MaxNewTokens, Prompts, Record, Stage
 from .push import push
 from .record import record_app
 from .report import report
@@ -68,14 +51,11 @@ app.add_typer(record_app, name="record")
 app.add_typer(experiment_app, name="experiment")
 app.add_typer(space_app, name="space")
 app.add_typer(ask_app, name="ask")
-app.command()(evaluate)
-app.command()(index)
-app.command()(push)
-app.command()(report)
-app.command()(explore)
+for verb in (evaluate, index, push, report, explore):
+    command(app)(verb)
 
 
-@app.command()
+@command(app)
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the record, datasets, page and summary.")] = Path("runs/demo"),
     num_samples: Annotated[int, typer.Option(help=SAMPLES_HELP)] = 512,
@@ -91,19 +71,18 @@ def demo(
 
     Runs on a CPU in a few minutes, with no network: the facts come with the package `countryinfo`.
     """
-    with friendly_errors():
-        if export is not None:
-            from ..demo.export import export_demo
+    if export is not None:
+        from ..demo.export import export_demo
 
-            for path in export_demo(export):
-                typer.echo(f"Wrote {path}.")
-            return
-        from ..demo.run import run_demo
+        for path in export_demo(export):
+            typer.echo(f"Wrote {path}.")
+        return
+    from ..demo.run import run_demo
 
-        run_demo(out, num_samples=num_samples, seed=seed)
+    run_demo(out, num_samples=num_samples, seed=seed)
 
 
-@app.command()
+@command(app)
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe of one stage.")],
     overrides: Annotated[
@@ -121,15 +100,14 @@ def train(
 
         training: {output_dir: out/sft, record_dir: runs/capitals, stage: sft, num_train_epochs: 3}
     """
-    with friendly_errors():
-        from ..recipes import read_recipe, train_from_recipe
+    from ..recipes import read_recipe, train_from_recipe
 
-        settings = read_recipe(recipe, overrides or [])
-        path = train_from_recipe(settings)
-        typer.echo(f"Recorded in {path}. Next: hf-source top {path} --prompt '...'")
+    settings = read_recipe(recipe, overrides or [])
+    path = train_from_recipe(settings)
+    typer.echo(f"Recorded in {path}. Next: hf-source top {path} --prompt '...'")
 
 
-@app.command()
+@command(app)
 def generate(
     record: Record,
     out: Annotated[Path, typer.Option("--out", "-o", help="JSON Lines file for the queries.")],
@@ -138,111 +116,79 @@ def generate(
     max_new_tokens: MaxNewTokens = 32,
 ) -> None:
     """Let the trained model complete prompts, and keep prompts and answers as queries for `attribute` and `top`."""
-    with friendly_errors():
-        prompts = list(prompt or [])
-        if prompts_file is not None:
-            prompts += [line for line in _read_text(prompts_file).splitlines() if line]
-        if not prompts:
-            raise ConfigError("There is no prompt: give --prompt (repeatable) or --prompts-file.")
-        if out.suffix != ".jsonl":
-            raise ConfigError(f"--out {out}: end the name in .jsonl, so that --queries can read it.")
-        queries = open_attributor([record], None, [], {}).generate(prompts, max_new_tokens=max_new_tokens)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        queries.to_dataset().to_json(str(out))
-        for _, text, completion in queries:
-            typer.echo(f"{text}{completion}")
-        typer.echo(f"Wrote {len(queries)} queries to {out}.")
+    prompts = list(prompt or [])
+    if prompts_file is not None:
+        prompts += [line for line in _read_text(prompts_file).splitlines() if line]
+    if not prompts:
+        raise ConfigError("There is no prompt: give --prompt (repeatable) or --prompts-file.")
+    if out.suffix != ".jsonl":
+        raise ConfigError(f"--out {out}: end the name in .jsonl, so that --queries can read it.")
+    queries = open_attributor([record], None, [], {}).generate(prompts, max_new_tokens=max_new_tokens)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    queries.to_dataset().to_json(str(out))
+    for _, text, completion in queries:
+        typer.echo(f"{text}{completion}")
+    typer.echo(f"Wrote {len(queries)} queries to {out}.")
 
 
-@app.command()
+@command(app)
 def plan(
     record: Record,
-    queries: QueriesFile = None,
-    prompt: Prompts = None,
-    completion: Completions = None,
+    asked: Asked,
+    scoring: Scoring,
+    models: Models,
     stage: Stage = None,
     dataset: DatasetPath = None,
-    method: MethodOption = None,
-    curvature: CurvatureOption = None,
-    num_samples: NumSamples = None,
-    run: Runs = None,
-    ensemble: Ensemble = None,
-    ensemble_size: EnsembleSize = None,
-    max_new_tokens: MaxNewTokens = 32,
-    recipe: Recipe = None,
-    settings: Settings = None,
 ) -> None:
     """Tell passes, time and memory of an attribution before it runs."""
-    with friendly_errors():
-        named = named_settings(method, curvature, num_samples, ensemble, ensemble_size)
-        attributor = open_attributor([record, *(run or [])], recipe, settings, named)
-        asked = read_queries(attributor, queries, prompt, completion, max_new_tokens)
-        typer.echo(str(attributor.plan(read_rows(dataset), asked, stage)))
+    attributor = models.open(record, scoring)
+    typer.echo(str(attributor.plan(read_rows(dataset), asked.read(attributor), stage)))
 
 
-@app.command()
+@command(app)
 def attribute(
     record: Record,
     out: Annotated[Path, typer.Option("--out", "-o", help="File for the scored rows: .parquet, .csv or .jsonl.")],
-    queries: QueriesFile = None,
-    prompt: Prompts = None,
-    completion: Completions = None,
+    asked: Asked,
+    scoring: Scoring,
+    models: Models,
     stage: Stage = None,
     dataset: DatasetPath = None,
-    method: MethodOption = None,
-    curvature: CurvatureOption = None,
-    num_samples: NumSamples = None,
-    run: Runs = None,
-    ensemble: Ensemble = None,
-    ensemble_size: EnsembleSize = None,
     index: Index = None,
-    max_new_tokens: MaxNewTokens = 32,
     std: Annotated[bool, typer.Option("--std", help="Also say how far an ensemble's members differ.")] = False,
     resume: Annotated[
         bool,
         typer.Option(help="Keep finished work in OUT.work until all is done: the same command goes on after a kill."),
     ] = True,
-    recipe: Recipe = None,
-    settings: Settings = None,
 ) -> None:
     """Score every row of a stage, and write the rows with one column per query."""
-    with friendly_errors():
-        named = named_settings(method, curvature, num_samples, ensemble, ensemble_size, index)
-        writers = {".parquet": "to_parquet", ".csv": "to_csv", ".jsonl": "to_json"}
-        if out.suffix not in writers:
-            raise ConfigError(f"--out {out}: end the name in {', '.join(writers)}.")
-        kept = out.with_name(f"{out.name}.work")
-        if resume:
-            named = {"cache_dir": str(kept), **named}
-        attributor = open_attributor([record, *(run or [])], recipe, settings, named)
-        asked = read_queries(attributor, queries, prompt, completion, max_new_tokens)
-        scored = attributor.attribute(read_rows(dataset), asked, stage, std=std)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        getattr(scored, writers[out.suffix])(str(out))
-        if resume and attributor.cache_dir == kept and attributor.accelerator.is_main_process:
-            shutil.rmtree(kept, ignore_errors=True)
-        from ..outputs.tables import describe_columns
+    writers = {".parquet": "to_parquet", ".csv": "to_csv", ".jsonl": "to_json"}
+    if out.suffix not in writers:
+        raise ConfigError(f"--out {out}: end the name in {', '.join(writers)}.")
+    kept = out.with_name(f"{out.name}.work")
+    attributor = models.open(record, scoring, index=index, cache_dir=str(kept) if resume else None)
+    wanted = asked.read(attributor)
+    scored = attributor.attribute(read_rows(dataset), wanted, stage, std=std)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    getattr(scored, writers[out.suffix])(str(out))
+    if resume and attributor.cache_dir == kept and attributor.accelerator.is_main_process:
+        shutil.rmtree(kept, ignore_errors=True)
+    from ..outputs.tables import describe_columns
 
-        typer.echo(f"Wrote {out}: {describe_columns(scored, asked.names)}.")
-        if scored.info.description:
-            typer.echo(scored.info.description)
+    typer.echo(f"Wrote {out}: {describe_columns(scored, wanted.names)}.")
+    if scored.info.description:
+        typer.echo(scored.info.description)
 
 
-@app.command()
+@command(app)
 def top(
     record: Record,
-    queries: QueriesFile = None,
-    prompt: Prompts = None,
-    completion: Completions = None,
+    asked: Asked,
+    scoring: Scoring,
+    models: Models,
     k: Annotated[int, typer.Option("-k", help="Rows per query, stage and direction.")] = 5,
     opposing: Annotated[bool, typer.Option(help="Also show the rows that speak against it.")] = True,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write an HTML page.")] = None,
-    method: MethodOption = None,
-    curvature: CurvatureOption = None,
-    num_samples: NumSamples = None,
-    run: Runs = None,
-    ensemble: Ensemble = None,
-    ensemble_size: EnsembleSize = None,
     index: Index = None,
     filter: Annotated[
         str | None,
@@ -251,29 +197,24 @@ def top(
         ),
     ] = None,
     candidates: Annotated[int, typer.Option(help="Rows that --filter proposes per query and stage.")] = 1000,
-    max_new_tokens: MaxNewTokens = 32,
-    recipe: Recipe = None,
-    settings: Settings = None,
 ) -> None:
     """Show the rows of every stage that support or oppose what was said most."""
-    with friendly_errors():
-        named = named_settings(method, curvature, num_samples, ensemble, ensemble_size, index)
-        from rich.console import Console
+    from rich.console import Console
 
-        from ..attribution.methods import METHODS
-        from ..outputs.page import write_page
-        from ..outputs.tables import print_top
+    from ..attribution.methods import METHODS
+    from ..outputs.page import write_page
+    from ..outputs.tables import print_top
 
-        attributor = open_attributor([record, *(run or [])], recipe, settings, named)
-        asked = read_queries(attributor, queries, prompt, completion, max_new_tokens)
-        table = attributor.top(asked, k=k, opposing=opposing, filter=filter, candidates=candidates)
-        unit = "nats" if METHODS[attributor.method].nats else ""
-        print_top(Console(), asked, table, unit)
-        if (filter is not None or attributor.index is not None) and table.info.description:
-            typer.echo(table.info.description)
-        if out is not None:
-            write_page(out, f"Attribution from {record}", asked, table, unit=unit)
-            typer.echo(f"Wrote {out}.")
+    attributor = models.open(record, scoring, index=index)
+    wanted = asked.read(attributor)
+    table = attributor.top(wanted, k=k, opposing=opposing, filter=filter, candidates=candidates)
+    unit = "nats" if METHODS[attributor.method].nats else ""
+    print_top(Console(), wanted, table, unit)
+    if (filter is not None or attributor.index is not None) and table.info.description:
+        typer.echo(table.info.description)
+    if out is not None:
+        write_page(out, f"Attribution from {record}", wanted, table, unit=unit)
+        typer.echo(f"Wrote {out}.")
 
 
 def _read_text(path: Path) -> str:

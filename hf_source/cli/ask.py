@@ -13,6 +13,7 @@
 # limitations under the License.
 """`hf-source ask`: the questions people ask of scores, each a command."""
 
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,9 +21,10 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .errors import friendly_errors
-from .opening import open_attributor, read_queries, read_rows
-from .options import Completions, MaxNewTokens, MethodOption, NumSamples, Prompts, QueriesFile, Settings
+from .command import command
+from .groups import Asked, Scoring
+from .opening import read_rows
+from .options import QueriesFile
 
 
 ask_app = typer.Typer(
@@ -50,6 +52,41 @@ By = Annotated[str | None, typer.Option(help="Column whose values make the group
 Clusters = Annotated[int | None, typer.Option(help="Instead of --by: so many clusters of texts by their words.")]
 
 
+@dataclass
+class Recorded(Scoring):
+    """The record whose rows are meant, and how they are scored."""
+
+    stage: Stage = None
+    dataset: DatasetPath = None
+
+    shared = False
+
+    def load(self, record: str) -> Any:
+        """An attributor of the record, or the scores that were shared."""
+        if self.shared or Path(record, "attribution.json").is_file():
+            if self.dataset or self.named or self.recipe or self.settings:
+                raise ConfigError(
+                    "Shared scores have their rows and settings already: leave the options for them out."
+                )
+            from .. import load_attribution
+
+            return load_attribution(record)
+        attributor = self.open(record)
+        names = [own.name for own in attributor.record.stages]
+        for given in self.dataset or []:
+            name, sign, path = given.partition("=")
+            of_stage = bool(sign) and name in names
+            attributor.set_dataset(name if of_stage else self.stage, read_rows(path if of_stage else given))
+        return attributor
+
+
+@dataclass
+class Source(Recorded):
+    """The same, where scores that were shared have an answer, too."""
+
+    shared: Shared = False
+
+
 class Order(StrEnum):
     """`--order`."""
 
@@ -72,140 +109,103 @@ class Likeness(StrEnum):
     gradient = "gradient"
 
 
-@ask_app.command()
+@command(ask_app)
 def why(
     record: Record,
+    source: Recorded,
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What was asked; repeatable.")],
     right: Annotated[list[str], typer.Option("--right", help="The right answer to each prompt.")],
     wrong: Annotated[
         list[str] | None, typer.Option("--wrong", help="The wrong one.", show_default="what the model says")
     ] = None,
     k: Annotated[int, typer.Option("-k", help="Rows per prompt, stage and direction.")] = 5,
-    stage: Stage = None,
-    dataset: DatasetPath = None,
     verify: Verify = False,
-    method: MethodOption = None,
-    num_samples: NumSamples = None,
-    settings: Settings = None,
     out: Out = None,
 ) -> None:
     """Why this error? The rows that push towards a wrong answer and away from the right one."""
-    with friendly_errors():
-        from ..questions import why as question
+    from ..questions import why as question
 
-        source = _source(record, False, dataset, stage, method, num_samples, settings)
-        _show(question(source, prompt, right, wrong or None, k=k, stage=stage, verify=verify), out)
+    opened = source.load(record)
+    _show(question(opened, prompt, right, wrong or None, k=k, stage=source.stage, verify=verify), out)
 
 
-@ask_app.command()
+@command(ask_app)
 def groups(
     record: Record,
-    queries: QueriesFile = None,
-    prompt: Prompts = None,
-    completion: Completions = None,
+    asked: Asked,
+    source: Source,
     by: By = None,
     clusters: Clusters = None,
-    stage: Stage = None,
-    dataset: DatasetPath = None,
     verify: Verify = False,
-    method: MethodOption = None,
-    num_samples: NumSamples = None,
-    max_new_tokens: MaxNewTokens = 32,
-    settings: Settings = None,
-    shared: Shared = False,
     out: Out = None,
 ) -> None:
     """Which group? Influence of the values of a column, of stages, of clusters of texts."""
-    with friendly_errors():
-        from ..questions import groups as question
+    from ..questions import groups as question
 
-        source = _source(record, shared, dataset, stage, method, num_samples, settings)
-        asked = _asked(source, queries, prompt, completion, max_new_tokens)
-        _show(question(source, asked, by, clusters=clusters, stage=stage, verify=verify), out)
+    opened = source.load(record)
+    wanted = _wanted(opened, asked)
+    _show(question(opened, wanted, by, clusters=clusters, stage=source.stage, verify=verify), out)
 
 
-@ask_app.command()
+@command(ask_app)
 def missing(
     record: Record,
-    queries: QueriesFile = None,
-    prompt: Prompts = None,
-    completion: Completions = None,
+    asked: Asked,
+    source: Source,
     by: Annotated[str | None, typer.Option(help="Column of --queries whose values are regions.")] = None,
-    stage: Stage = None,
-    dataset: DatasetPath = None,
-    method: MethodOption = None,
-    num_samples: NumSamples = None,
-    max_new_tokens: MaxNewTokens = 32,
-    settings: Settings = None,
-    shared: Shared = False,
     out: Out = None,
 ) -> None:
     """What is missing? Queries that no row supports, compared with the others."""
-    with friendly_errors():
-        from ..questions import missing as question
+    from ..questions import missing as question
 
-        source = _source(record, shared, dataset, stage, method, num_samples, settings)
-        asked = _asked(source, queries, prompt, completion, max_new_tokens)
-        _show(question(source, asked, by=_regions(queries, by), stage=stage), out)
+    opened = source.load(record)
+    wanted = _wanted(opened, asked)
+    _show(question(opened, wanted, by=_regions(asked.queries, by), stage=source.stage), out)
 
 
-@ask_app.command()
+@command(ask_app)
 def actions(
     record: Record,
-    queries: QueriesFile = None,
-    prompt: Prompts = None,
-    completion: Completions = None,
+    asked: Asked,
+    source: Source,
     by: By = None,
     k: Annotated[list[int] | None, typer.Option("-k", help="Numbers of single rows to drop or repeat.")] = None,
     relabel: Annotated[
         Path | None, typer.Option(help="JSON Lines with `row` and the columns to correct, e.g. completion.")
     ] = None,
     kinds: Annotated[list[str] | None, typer.Option("--kind", help="Actions wanted; repeatable.")] = None,
-    stage: Stage = None,
-    dataset: DatasetPath = None,
     verify: Verify = False,
-    method: MethodOption = None,
-    num_samples: NumSamples = None,
-    max_new_tokens: MaxNewTokens = 32,
-    settings: Settings = None,
-    shared: Shared = False,
     out: Out = None,
 ) -> None:
     """What should I change? Rows or groups to drop, to repeat or to relabel, by their predicted effect."""
-    with friendly_errors():
-        from ..questions import actions as question
-        from ..questions.actions import KINDS
+    from ..questions import actions as question
+    from ..questions.actions import KINDS
 
-        source = _source(record, shared, dataset, stage, method, num_samples, settings)
-        asked = _asked(source, queries, prompt, completion, max_new_tokens)
-        chosen = {"k": k or [1, 10], "relabel": _corrections(relabel), "kinds": kinds or KINDS}
-        _show(question(source, asked, by, stage=stage, verify=verify, **chosen), out)
+    opened = source.load(record)
+    wanted = _wanted(opened, asked)
+    chosen = {"k": k or [1, 10], "relabel": _corrections(relabel), "kinds": kinds or KINDS}
+    _show(question(opened, wanted, by, stage=source.stage, verify=verify, **chosen), out)
 
 
-@ask_app.command()
+@command(ask_app)
 def mislabelled(
     record: Record,
+    source: Recorded,
     queries: QueriesFile = None,
     order: Annotated[Order, typer.Option(help="What puts rows first.")] = Order.self_influence,
     known: Annotated[str | None, typer.Option(help="Column that says which rows are wrong, to judge by.")] = None,
     k: Annotated[int, typer.Option("-k", help="Rows to list.")] = 20,
-    stage: Stage = None,
-    dataset: DatasetPath = None,
-    method: MethodOption = None,
-    num_samples: NumSamples = None,
-    settings: Settings = None,
     out: Out = None,
 ) -> None:
     """Which rows are mislabelled? The ones that no other row supports; a list to check."""
-    with friendly_errors():
-        from ..questions import mislabelled as question
+    from ..questions import mislabelled as question
 
-        source = _source(record, False, dataset, stage, method, num_samples, settings)
-        asked = None if queries is None else _asked(source, queries, None, None, 0)
-        _show(question(source, asked, order=order.value, known=known, k=k, stage=stage), out)
+    opened = source.load(record)
+    wanted = None if queries is None else _wanted(opened, Asked(queries))
+    _show(question(opened, wanted, order=order.value, known=known, k=k, stage=source.stage), out)
 
 
-@ask_app.command()
+@command(ask_app)
 def duplicates(
     record: Record,
     by: Annotated[Likeness, typer.Option(help="Compare texts, or gradients (last stage).")] = Likeness.text,
@@ -216,127 +216,78 @@ def duplicates(
     out: Out = None,
 ) -> None:
     """Which rows are duplicates? Sets of rows with the same text, nearly so, or nearly the same gradient."""
-    with friendly_errors():
-        from ..questions import duplicates as question
+    from ..questions import duplicates as question
 
-        source = _source(record, shared, dataset, stage, None, None, None)
-        _show(question(source, by=by.value, threshold=threshold, stage=stage), out)
+    opened = Source(stage=stage, dataset=dataset, shared=shared).load(record)
+    _show(question(opened, by=by.value, threshold=threshold, stage=stage), out)
 
 
-@ask_app.command()
+@command(ask_app)
 def keep(
     record: Record,
-    queries: QueriesFile = None,
-    prompt: Prompts = None,
-    completion: Completions = None,
+    asked: Asked,
+    source: Source,
     budget: Annotated[float, typer.Option(help="Rows to keep, or a share of them below 1.")] = 0.5,
     judge: Annotated[
         Path | None, typer.Option(help="Other queries, whose loss judges the choice.", show_default="the same")
     ] = None,
     num_random: Annotated[int, typer.Option(help="Draws of random rows to compare with.")] = 3,
-    stage: Stage = None,
-    dataset: DatasetPath = None,
     verify: Verify = False,
-    method: MethodOption = None,
-    num_samples: NumSamples = None,
-    max_new_tokens: MaxNewTokens = 32,
-    settings: Settings = None,
-    shared: Shared = False,
     out: Out = None,
 ) -> None:
     """Which data to keep? The rows that help a target most, against random rows of the same number."""
-    with friendly_errors():
-        from ..questions import keep as question
+    from ..questions import keep as question
 
-        source = _source(record, shared, dataset, stage, method, num_samples, settings)
-        asked = _asked(source, queries, prompt, completion, max_new_tokens)
-        judges = None if judge is None else _asked(source, judge, None, None, 0)
-        size = budget if budget < 1 else int(budget) if budget.is_integer() else budget
-        options = {"judge": judges, "num_random": num_random, "stage": stage, "verify": verify}
-        _show(question(source, asked, size, **options), out)
+    opened = source.load(record)
+    wanted = _wanted(opened, asked)
+    judges = None if judge is None else _wanted(opened, Asked(judge))
+    size = budget if budget < 1 else int(budget) if budget.is_integer() else budget
+    options = {"judge": judges, "num_random": num_random, "stage": source.stage, "verify": verify}
+    _show(question(opened, wanted, size, **options), out)
 
 
-@ask_app.command()
+@command(ask_app)
 def credit(
     record: Record,
-    queries: QueriesFile = None,
-    prompt: Prompts = None,
-    completion: Completions = None,
+    asked: Asked,
+    source: Source,
     by: Annotated[str, typer.Option(help="Column that names the contributor of a row, or `stage`.")] = "source",
     rule: Annotated[Rule, typer.Option(help="Positive parts of summed scores, or of each row's.")] = Rule.groups,
-    stage: Stage = None,
-    dataset: DatasetPath = None,
-    method: MethodOption = None,
-    num_samples: NumSamples = None,
-    max_new_tokens: MaxNewTokens = 32,
-    settings: Settings = None,
-    shared: Shared = False,
     out: Out = None,
 ) -> None:
     """Who deserves credit? Shares per contributor that sum to one, by a rule that is said."""
-    with friendly_errors():
-        from ..questions import credit as question
+    from ..questions import credit as question
 
-        source = _source(record, shared, dataset, stage, method, num_samples, settings)
-        asked = _asked(source, queries, prompt, completion, max_new_tokens)
-        _show(question(source, asked, by, rule=rule.value, stage=stage), out)
+    opened = source.load(record)
+    wanted = _wanted(opened, asked)
+    _show(question(opened, wanted, by, rule=rule.value, stage=source.stage), out)
 
 
-@ask_app.command()
+@command(ask_app)
 def trust(
     record: Record,
+    scoring: Scoring,
     stage: Stage = None,
-    method: MethodOption = None,
-    num_samples: NumSamples = None,
-    settings: Settings = None,
     shared: Shared = False,
     out: Out = None,
 ) -> None:
     """Can I trust this? What was measured of scores on this run, and what stands against relying on them."""
-    with friendly_errors():
-        from ..questions import trust as question
+    from ..questions import trust as question
 
-        _show(question(_source(record, shared, None, stage, method, num_samples, settings), stage=stage), out)
-
-
-def _source(
-    record: str,
-    shared: bool,
-    datasets: list[str] | None,
-    stage: str | None,
-    method: MethodOption,
-    num_samples: int | None,
-    settings: list[str] | None,
-) -> Any:
-    """An attributor of the record, or the scores that were shared."""
-    if shared or Path(record, "attribution.json").is_file():
-        if datasets or method or num_samples or settings:
-            raise ConfigError("Shared scores have their rows and settings already: leave the options for them out.")
-        from ..outputs.attribution_files import load_attribution
-
-        return load_attribution(record)
-    named = {"method": method and method.value, "num_samples": num_samples}
-    attributor = open_attributor([record], None, settings, {k: v for k, v in named.items() if v is not None})
-    names = [own.name for own in attributor.record.stages]
-    for given in datasets or []:
-        name, sign, path = given.partition("=")
-        of_stage = bool(sign) and name in names
-        attributor.set_dataset(name if of_stage else stage, read_rows(path if of_stage else given))
-    return attributor
+    opened = Source(**vars(scoring), stage=stage, shared=shared).load(record)
+    _show(question(opened, stage=stage), out)
 
 
-def _asked(
-    source: Any, file: Path | None, prompts: list[str] | None, completions: list[str] | None, max_new_tokens: int
-) -> Any:
+def _wanted(source: Any, asked: Asked) -> Any:
     """The queries; of shared scores all of them by default."""
-    from ..attribution.attributor import SourceAttributor
+    from .. import SourceAttributor
 
     if not isinstance(source, SourceAttributor):
-        if file is None and not prompts:
+        if not asked.given:
             return None
-        if file is None and not completions:
+        if asked.queries is None and not asked.completion:
             raise ConfigError("Shared scores cannot generate: give --completion for each --prompt, or neither.")
-    return read_queries(source, file, prompts, completions, max_new_tokens)
+    return asked.read(source)
 
 
 def _regions(file: Path | None, column: str | None) -> list[str] | None:

@@ -20,20 +20,9 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .errors import friendly_errors
-from .opening import open_attributor, read_queries
-from .options import (
-    Cache,
-    Completions,
-    MaxNewTokens,
-    MethodNames,
-    Prompts,
-    QueriesFile,
-    Record,
-    ReportFolder,
-    Settings,
-    Stage,
-)
+from .groups import Asked
+from .opening import open_attributor
+from .options import Cache, MethodNames, Record, ReportFolder, Settings, Stage
 
 
 class RetrainingName(StrEnum):
@@ -45,9 +34,7 @@ class RetrainingName(StrEnum):
 
 def evaluate(
     record: Record,
-    queries: QueriesFile = None,
-    prompt: Prompts = None,
-    completion: Completions = None,
+    asked: Asked,
     protocol: Annotated[
         list[str] | None,
         typer.Option(
@@ -74,7 +61,6 @@ def evaluate(
     plan: Annotated[bool, typer.Option("--plan", help="Make the first ones, tell the time of all, and end.")] = False,
     out: ReportFolder = None,
     cache: Cache = None,
-    max_new_tokens: MaxNewTokens = 32,
     settings: Settings = None,
 ) -> None:
     """Measure on your own run how well scores foretell what training without rows does (LDS).
@@ -82,32 +68,26 @@ def evaluate(
     Finished retrainings are kept: a killed command goes on where it was, and another method costs its scores only. The
     figures are kept beside the record too, and `attribute` and `top` say them with every score.
     """
-    with friendly_errors():
-        from rich.console import Console
+    from ..evaluation import evaluate as run
+    from ..evaluation.planning import plan_evaluation
 
-        from ..evaluation import evaluate as run
-        from ..evaluation.planning import plan_evaluation
-
-        chosen = labelled(methods or ["source"])
-        attributor = open_attributor([record], None, settings, {})
-        asked = read_queries(attributor, queries, prompt, completion, max_new_tokens)
-        chosen_again = {"stage": stage, "cache": cache, "fresh": fresh}
-        again = _retraining(attributor, attributor.encode(asked), retraining, num_workers, training, chosen_again)
-        options = {
-            "protocols": protocol or ["removal"],
-            "num_subsets": num_subsets,
-            "fraction": fraction,
-            "num_seeds": seeds,
-            "seed": seed,
-            "retraining": again,
-        }
-        if plan:
-            typer.echo(str(plan_evaluation(attributor, asked, **options)))
-            return
-        report = run(attributor, asked, methods=chosen, **options)
-        Console().print(report.table())
-        if out is not None:
-            typer.echo(f"Wrote {report.write(out)}: report.json, report.md, report.html.")
+    chosen = labelled(methods or ["source"])
+    attributor = open_attributor([record], None, settings, {})
+    wanted = asked.read(attributor)
+    chosen_again = {"stage": stage, "cache": cache, "fresh": fresh}
+    again = _retraining(attributor, attributor.encode(wanted), retraining, num_workers, training, chosen_again)
+    options = {
+        "protocols": protocol or ["removal"],
+        "num_subsets": num_subsets,
+        "fraction": fraction,
+        "num_seeds": seeds,
+        "seed": seed,
+        "retraining": again,
+    }
+    if plan:
+        typer.echo(str(plan_evaluation(attributor, wanted, **options)))
+        return
+    show_report(run(attributor, wanted, methods=chosen, **options), out)
 
 
 def _retraining(
@@ -123,6 +103,15 @@ def _retraining(
 
     make_trainer = None if recipe is None else trainer_of(recipe)
     return trainer_for(attributor, queries, num_workers=num_workers, make_trainer=make_trainer, **options)
+
+
+def show_report(report: Any, out: Path | None) -> None:
+    """Print an evaluation's report, and write it if a folder was given."""
+    from rich.console import Console
+
+    Console().print(report.table())
+    if out is not None:
+        typer.echo(f"Wrote {report.write(out)}: report.json, report.md, report.html.")
 
 
 def labelled(given: list[str]) -> dict[str, dict[str, Any]]:

@@ -17,20 +17,15 @@ from typing import Annotated
 
 import typer
 
-from .errors import friendly_errors
-from .opening import open_with_datasets
-from .options import CurvatureOption, Datasets, Index, MethodOption, NumSamples, Recipe, Record, Settings
+from .groups import Scoring
+from .options import Datasets, Index, Record
 
 
 def explore(
     record: Record,
+    scoring: Scoring,
     dataset: Datasets = None,
-    method: MethodOption = None,
-    curvature: CurvatureOption = None,
-    num_samples: NumSamples = None,
     index: Index = None,
-    recipe: Recipe = None,
-    settings: Settings = None,
     host: Annotated[str, typer.Option(help="Address to serve at; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(help="Port.", show_default="the first free one from 7860")] = None,
     browser: Annotated[bool, typer.Option(help="Open it in the browser.")] = False,
@@ -40,9 +35,8 @@ def explore(
     Needs the extra `app` (gradio). With an --index (`hf-source index`) every question is answered in seconds. It
     serves on this machine only, unless --host says otherwise.
     """
-    with friendly_errors():
-        from ..explorer import Explorer
-        from ..explorer.app import launch
+    from ..explorer import Explorer
+    from ..explorer.app import launch
 
-        attributor = open_with_datasets(record, recipe, settings, dataset, method, curvature, num_samples, index)
-        launch(Explorer(attributor), server_name=host, server_port=port, inbrowser=browser)
+    attributor = scoring.open_with(dataset, record, index=index)
+    launch(Explorer(attributor), server_name=host, server_port=port, inbrowser=browser)

@@ -18,45 +18,33 @@ from typing import Annotated
 
 import typer
 
-from .errors import friendly_errors
-from .opening import open_with_datasets
-from .options import CurvatureOption, MethodOption, NumSamples, Recipe, Record, Settings
+from .groups import Scoring
+from .options import Datasets, Record
 
 
 def index(
     record: Record,
     folder: Annotated[Path, typer.Argument(help="Folder for the index; one that was begun is gone on with.")],
+    scoring: Scoring,
     numbers: Annotated[
         int | None, typer.Option(help="Numbers kept of each row, two or three bytes each.", show_default="2048")
     ] = None,
     precision: Annotated[str, typer.Option(help="Of the numbers: int8 or full.")] = "int8",
-    method: MethodOption = None,
-    curvature: CurvatureOption = None,
-    num_samples: NumSamples = None,
-    dataset: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A stage's dataset as it was trained on, as stage=path; repeatable.",
-            show_default="the rows in the record",
-        ),
-    ] = None,
+    dataset: Datasets = None,
     push: Annotated[
         str | None, typer.Option(help="Also publish it, as this dataset repository on the Hub (user/name).")
     ] = None,
     private: Annotated[bool, typer.Option("--private/--public", help="Who can see what is published.")] = True,
-    recipe: Recipe = None,
-    settings: Settings = None,
 ) -> None:
     """Index a record, so that `attribute` and `top` answer new queries with `--index` in seconds.
 
     It costs about as much as attributing a few queries; a build that was cut off goes on when it is run again.
     """
-    with friendly_errors():
-        from ..index import SourceIndex
+    from ..index import SourceIndex
 
-        attributor = open_with_datasets(record, recipe, settings, dataset, method, curvature, num_samples)
-        built = SourceIndex.load(attributor.build_index(folder, numbers, precision))
-        typer.echo(f"Wrote {folder}: {built.num_bytes / 2**20:,.1f} MiB. {built.note(built.stages)}")
-        if push is not None:
-            typer.echo(f"Pushed to {built.push_to_hub(push, private=private)}.")
-        typer.echo(f"Next: hf-source top {record} --index {folder} --prompt '...'")
+    attributor = scoring.open_with(dataset, record)
+    built = SourceIndex.load(attributor.build_index(folder, numbers, precision))
+    typer.echo(f"Wrote {folder}: {built.num_bytes / 2**20:,.1f} MiB. {built.note(built.stages)}")
+    if push is not None:
+        typer.echo(f"Pushed to {built.push_to_hub(push, private=private)}.")
+    typer.echo(f"Next: hf-source top {record} --index {folder} --prompt '...'")

@@ -95,6 +95,9 @@ Datasets = Annotated[
         show_default="the rows in the record",
     ),
 ]
+Stages = Annotated[
+    list[str] | None, typer.Option("--stage", help="Stage whose rows are scored; repeatable.", show_default="all")
+]
 # Not given means: as the recipe says, or by default as SourceAttributor does.
 MethodOption = Annotated[Method | None, typer.Option(help="How rows are scored.", show_default="source")]
 CurvatureOption = Annotated[

@@ -17,39 +17,18 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import friendly_errors
-from .opening import by_stage, open_with_datasets, read_queries
-from .options import (
-    Completions,
-    CurvatureOption,
-    MaxNewTokens,
-    MethodOption,
-    NumSamples,
-    Prompts,
-    QueriesFile,
-    Recipe,
-    Record,
-    Revision,
-    Settings,
-)
+from .groups import Asked, Scoring
+from .opening import by_stage
+from .options import Datasets, Record, Revision, Stages
 
 
 def push(
     record: Record,
     repo_id: Annotated[str, typer.Argument(metavar="REPO", help="Dataset repository on the Hub, as user/name.")],
-    queries: QueriesFile = None,
-    prompt: Prompts = None,
-    completion: Completions = None,
-    stage: Annotated[
-        list[str] | None, typer.Option(help="Stage whose rows are scored; repeatable.", show_default="all")
-    ] = None,
-    dataset: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A stage's dataset as it was trained on, as stage=path; repeatable.",
-            show_default="the rows in the record",
-        ),
-    ] = None,
+    asked: Asked,
+    scoring: Scoring,
+    stage: Stages = None,
+    dataset: Datasets = None,
     k: Annotated[int, typer.Option("-k", help="Rows per query, stage and direction in `top_influences`.")] = 10,
     include_rows: Annotated[
         bool | None,
@@ -68,12 +47,6 @@ def push(
         list[str] | None,
         typer.Option(help="Dataset on the Hub that the rows come from, as id or stage=id; repeatable."),
     ] = None,
-    method: MethodOption = None,
-    curvature: CurvatureOption = None,
-    num_samples: NumSamples = None,
-    max_new_tokens: MaxNewTokens = 32,
-    recipe: Recipe = None,
-    settings: Settings = None,
     max_columns: Annotated[int, typer.Option(help="With more queries, scores are one list per row.")] = 100,
     revision: Revision = None,
     commit_message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload attribution",
@@ -82,23 +55,21 @@ def push(
 
     Log in first with `hf auth login`. `hf_source.load_attribution` and `datasets.load_dataset` read it.
     """
-    with friendly_errors():
-        sources = _sources(source_dataset)
-        attributor = open_with_datasets(record, recipe, settings, dataset, method, curvature, num_samples)
-        asked = read_queries(attributor, queries, prompt, completion, max_new_tokens)
-        url = attributor.push_to_hub(
-            repo_id,
-            asked,
-            stage,
-            k,
-            include_rows=include_rows,
-            private=private,
-            source_datasets=sources,
-            max_columns=max_columns,
-            revision=revision,
-            commit_message=commit_message,
-        )
-        typer.echo(f"Pushed to {url}.")
+    sources = _sources(source_dataset)
+    attributor = scoring.open_with(dataset, record)
+    url = attributor.push_to_hub(
+        repo_id,
+        asked.read(attributor),
+        stage,
+        k,
+        include_rows=include_rows,
+        private=private,
+        source_datasets=sources,
+        max_columns=max_columns,
+        revision=revision,
+        commit_message=commit_message,
+    )
+    typer.echo(f"Pushed to {url}.")
 
 
 def _sources(given: list[str] | None) -> Any:

@@ -18,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import friendly_errors
+from .command import command
 from .options import Record, Revision
 
 
@@ -33,19 +33,18 @@ Folder = Annotated[Path, typer.Argument(help="Folder of the training record.")]
 RepoId = Annotated[str, typer.Argument(help="Repository on the Hub, as user/name.")]
 
 
-@record_app.command()
+@command(record_app)
 def show(record: Record, revision: Revision = None) -> None:
     """Show stages, segments, optimizers, sizes and versions."""
-    with friendly_errors():
-        from rich.console import Console
+    from rich.console import Console
 
-        from .. import TrainingRecord
-        from ..outputs.records import print_record
+    from .. import TrainingRecord
+    from ..outputs.records import print_record
 
-        print_record(Console(), TrainingRecord.load(record, revision))
+    print_record(Console(), TrainingRecord.load(record, revision))
 
 
-@record_app.command()
+@command(record_app)
 def verify(
     record: Record,
     replay: Annotated[int, typer.Option(help="Steps of each stage to train again and compare; 0 for none.")] = 4,
@@ -55,30 +54,29 @@ def verify(
 
     Ends with exit code 1 if anything is wrong.
     """
-    with friendly_errors():
-        from .. import TrainingRecord
+    from .. import TrainingRecord
 
-        found = TrainingRecord.load(record, revision)
-        problems = found.verify()
-        for check in found.check_replays(replay) if replay > 0 and not problems else []:
-            if check.problem:
-                problems.append(check.problem)
-            elif check.note:
-                typer.echo(f"stage {check.stage}: not compared with a replay, {check.note}.")
-            else:
-                typer.echo(
-                    f"stage {check.stage}: a replay of {check.steps} steps agrees with {len(check.compared)} recorded "
-                    f"states of the weights (relative error {check.error:.1e})."
-                )
-        for problem in problems:
-            typer.echo(f"problem: {problem}")
-        if problems:
-            raise typer.Exit(1)
-        files = sum(len(listed) for listed in found._file_lists())
-        typer.echo(f"{found.path}: {files} files and {sum(s.num_steps for s in found.stages)} steps are as recorded.")
+    found = TrainingRecord.load(record, revision)
+    problems = found.verify()
+    for check in found.check_replays(replay) if replay > 0 and not problems else []:
+        if check.problem:
+            problems.append(check.problem)
+        elif check.note:
+            typer.echo(f"stage {check.stage}: not compared with a replay, {check.note}.")
+        else:
+            typer.echo(
+                f"stage {check.stage}: a replay of {check.steps} steps agrees with {len(check.compared)} recorded "
+                f"states of the weights (relative error {check.error:.1e})."
+            )
+    for problem in problems:
+        typer.echo(f"problem: {problem}")
+    if problems:
+        raise typer.Exit(1)
+    files = sum(len(listed) for listed in found._file_lists())
+    typer.echo(f"{found.path}: {files} files and {sum(s.num_steps for s in found.stages)} steps are as recorded.")
 
 
-@record_app.command("from-checkpoints")
+@command(record_app, "from-checkpoints")
 def from_checkpoints(
     checkpoints: Annotated[list[str], typer.Argument(help="Checkpoint folders of one run, or ids on the Hub.")],
     recipe: Annotated[
@@ -94,14 +92,13 @@ def from_checkpoints(
     The recipe's `model` is the one that training started from; record_dir, stage and num_segments are read from its
     `training`.
     """
-    with friendly_errors():
-        from ..recipes import read_recipe, record_from_recipe
+    from ..recipes import read_recipe, record_from_recipe
 
-        record = record_from_recipe(read_recipe(recipe, overrides or []), checkpoints)
-        typer.echo(f"Rebuilt {record.stages[-1]} in {record.path}.")
+    record = record_from_recipe(read_recipe(recipe, overrides or []), checkpoints)
+    typer.echo(f"Rebuilt {record.stages[-1]} in {record.path}.")
 
 
-@record_app.command()
+@command(record_app)
 def push(
     record: Folder,
     repo_id: RepoId,
@@ -113,24 +110,22 @@ def push(
     revision: Revision = None,
 ) -> None:
     """Publish a record on the Hub with a card. Log in first with `hf auth login`."""
-    with friendly_errors():
-        from .. import TrainingRecord
+    from .. import TrainingRecord
 
-        url = TrainingRecord.load(record).push_to_hub(
-            repo_id, include_rows=include_rows, private=private, revision=revision
-        )
-        typer.echo(f"Pushed to {url}.")
+    url = TrainingRecord.load(record).push_to_hub(
+        repo_id, include_rows=include_rows, private=private, revision=revision
+    )
+    typer.echo(f"Pushed to {url}.")
 
 
-@record_app.command()
+@command(record_app)
 def pull(
     repo_id: RepoId,
     folder: Annotated[Path, typer.Argument(help="Where to put it.")],
     revision: Revision = None,
 ) -> None:
     """Copy a record from the Hub to a folder."""
-    with friendly_errors():
-        from .. import TrainingRecord
+    from .. import TrainingRecord
 
-        record = TrainingRecord.pull(repo_id, folder, revision)
-        typer.echo(f"Pulled {', '.join(stage.name for stage in record.stages)} to {folder}.")
+    record = TrainingRecord.pull(repo_id, folder, revision)
+    typer.echo(f"Pulled {', '.join(stage.name for stage in record.stages)} to {folder}.")

@@ -19,32 +19,16 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .errors import friendly_errors
-from .opening import open_with_datasets, read_queries
-from .options import (
-    Completions,
-    CurvatureOption,
-    Datasets,
-    Index,
-    MaxNewTokens,
-    MethodOption,
-    NumSamples,
-    Prompts,
-    QueriesFile,
-    Recipe,
-    Settings,
-)
+from .groups import Asked, Scoring
+from .options import Datasets, Index, Stages
 
 
 def report(
     run: Annotated[str, typer.Argument(help="Training record (folder or Hub id), or folder of saved scores.")],
+    asked: Asked,
+    scoring: Scoring,
     out: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write.")] = Path("report.html"),
-    queries: QueriesFile = None,
-    prompt: Prompts = None,
-    completion: Completions = None,
-    stage: Annotated[
-        list[str] | None, typer.Option(help="Stage whose rows are scored; repeatable.", show_default="all")
-    ] = None,
+    stage: Stages = None,
     dataset: Datasets = None,
     k: Annotated[int, typer.Option("-k", help="Rows per answer, stage and direction.")] = 5,
     column: Annotated[
@@ -63,33 +47,25 @@ def report(
         list[str] | None,
         typer.Option(help="Also log figures and rows to tensorboard, wandb, trackio, ...; repeatable."),
     ] = None,
-    method: MethodOption = None,
-    curvature: CurvatureOption = None,
-    num_samples: NumSamples = None,
     index: Index = None,
-    max_new_tokens: MaxNewTokens = 32,
-    recipe: Recipe = None,
-    settings: Settings = None,
 ) -> None:
     """Write one self-contained HTML page: the answers, the rows and tokens behind them, and how far to trust that.
 
     Of saved scores it needs no model: give the folder that `save` wrote, or with --scores a dataset on the Hub.
     """
-    with friendly_errors():
-        if out.suffix != ".html":
-            raise ConfigError(f"--out {out}: end the name in .html.")
-        if scores or (Path(run).expanduser() / "attribution.json").is_file():
-            asking = {"--queries": queries, "--prompt": prompt, "--stage": stage, "--report-to": report_to}
-            _of_scores(run, out, title, column, asking)
-        else:
-            attributor = open_with_datasets(run, recipe, settings, dataset, method, curvature, num_samples, index)
-            asked = read_queries(attributor, queries, prompt, completion, max_new_tokens)
-            attributor.report(out, asked, stage, k, title=title, columns=column, shaded=shaded)
-            if report_to:
-                from ..outputs.logged import log_attribution
+    if out.suffix != ".html":
+        raise ConfigError(f"--out {out}: end the name in .html.")
+    if scores or (Path(run).expanduser() / "attribution.json").is_file():
+        asking = {"--queries": asked.queries, "--prompt": asked.prompt, "--stage": stage, "--report-to": report_to}
+        _of_scores(run, out, title, column, asking)
+    else:
+        attributor = scoring.open_with(dataset, run, index=index)
+        attributor.report(out, asked.read(attributor), stage, k, title=title, columns=column, shaded=shaded)
+        if report_to:
+            from ..outputs.logged import log_attribution
 
-                log_attribution(attributor, report_to, output_dir=out.parent)
-        typer.echo(f"Wrote {out}.")
+            log_attribution(attributor, report_to, output_dir=out.parent)
+    typer.echo(f"Wrote {out}.")
 
 
 def _of_scores(run: str, out: Path, title: str | None, columns: list[str] | None, given: dict[str, Any]) -> None:

@@ -17,8 +17,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import friendly_errors
-from .opening import named_settings
+from .command import command
+from .groups import given
 from .options import CurvatureOption, Index, MethodOption, NumSamples
 
 
@@ -32,7 +32,7 @@ def _space() -> None:
     """The explorer as a Space: an app on the Hub that opens a record on the Hub."""
 
 
-@space_app.command("push")
+@command(space_app, "push")
 def push_space_command(
     record: Annotated[str, typer.Argument(help="Id of the training record on the Hub.")],
     space: Annotated[str, typer.Argument(metavar="SPACE", help="Id of the Space, as user/name.")],
@@ -50,8 +50,7 @@ def push_space_command(
     Push the record first (`hf-source record push`), and for answers in seconds an index. A private record needs a
     secret HF_TOKEN in the Space's settings.
     """
-    with friendly_errors():
-        from ..explorer.space import push_space
+    from ..explorer.space import push_space
 
-        settings: dict[str, Any] = named_settings(method, curvature, num_samples, index=index)
-        typer.echo(f"Pushed to {push_space(record, space, private=private, **settings)}.")
+    settings: dict[str, Any] = given(method=method, curvature=curvature, num_samples=num_samples, index=index)
+    typer.echo(f"Pushed to {push_space(record, space, private=private, **settings)}.")

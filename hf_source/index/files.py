@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..errors import ConfigError, DataError
-from ..hub import HubError, NoRepositoryError, snapshot
+from ..hub import dataset_snapshot
 from ..recording.writer import atomic_write, file_entry, write_json
 from .sparse import SparseRows
 
@@ -135,7 +135,9 @@ def open_folder(path: str | Path, revision: str | None, token: str | bool | None
     """
     folder = Path(path).expanduser()
     if not folder.exists():
-        folder = _download(str(path), revision, token)
+        folder = dataset_snapshot(
+            "index", str(path), "Build one with `hf-source index RECORD FOLDER`.", revision=revision, token=token
+        )
     file = folder / MANIFEST
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -165,16 +167,3 @@ def verified(folder: Path, name: str, entries: Mapping[str, Mapping[str, Any]]) 
     if name not in entries or file_entry(file)["sha256"] != entries[name]["sha256"]:
         raise DataError(f"{file} is not what was built (its SHA-256 differs): copy the index again.")
     return file
-
-
-def _download(repo_id: str, revision: str | None, token: str | bool | None) -> Path:
-    try:
-        return snapshot(repo_id, "dataset", revision=revision, token=token)
-    except NoRepositoryError as error:
-        raise DataError(
-            f"There is no index {repo_id!r}: neither a folder of that path nor a dataset repository on the Hub. Build "
-            "one with `hf-source index RECORD FOLDER`, or check the spelling; for a private repository run "
-            "`hf auth login`."
-        ) from error
-    except HubError as error:
-        raise DataError(f"There is no folder {repo_id!r}, and the Hub could not be read ({error}).") from error

@@ -31,7 +31,7 @@ from datasets import Dataset, concatenate_datasets
 from ..attribution.queries import Queries
 from ..data import ROW
 from ..errors import DataError
-from ..hub import CARD_FILE, HubError, NoRepositoryError, snapshot
+from ..hub import CARD_FILE, dataset_snapshot
 from .attribution_card import attribution_card
 from .attribution_tables import SCORES, aligned, read_parquet, score_array, split_names, write_parquet
 from .columns import column_name, with_note
@@ -198,7 +198,7 @@ def load_attribution(path: str | Path, *, revision: str | None = None, token: st
     """
     folder = Path(path).expanduser()
     if not folder.exists():
-        folder = _download(str(path), revision, token)
+        folder = dataset_snapshot("attribution", str(path), revision=revision, token=token)
     content = _read_manifest(folder)
     try:
         parts = [(str(stage["name"]), str(stage["split"]), stage["columns"]) for stage in content["stages"]]
@@ -255,17 +255,3 @@ def _read_queries(table: Dataset, are_rows: bool) -> Queries:
     own = [column for column in table.column_names if column not in _TEXTS]
     rows = [{key.removeprefix(mark): row[key] for key in own} for row in table] if own else None
     return Queries(names, prompts, completions, rows, are_rows)
-
-
-def _download(repo_id: str, revision: str | None, token: str | bool | None) -> Path:
-    try:
-        return snapshot(repo_id, "dataset", revision=revision, token=token)
-    except NoRepositoryError as error:
-        raise DataError(
-            f"There is no attribution {repo_id!r}: neither a folder of that path nor a dataset repository on the Hub. "
-            "Check the spelling; for a private repository run `hf auth login`."
-        ) from error
-    except HubError as error:
-        raise DataError(
-            f"There is no folder {repo_id!r}, and the Hub repository of that name could not be read ({error})."
-        ) from error

@@ -55,7 +55,8 @@ def num_embeddings(model: torch.nn.Module) -> int | None:
     """Tokens that the model has embeddings of, where its input layer says."""
     try:
         return getattr(plain_model(model).get_input_embeddings(), "num_embeddings", None)
-    except (AttributeError, NotImplementedError):  # a model of one's own
+    # No such method: not a model of transformers. Not implemented: one of its own whose input layer it does not know.
+    except (AttributeError, NotImplementedError):
         return None
 
 

@@ -24,23 +24,7 @@ from torch import nn
 from hf_source.errors import UnsupportedError
 from hf_source.gradients import CausalLMTask, RowGradients
 
-
-def engine(model: nn.Module) -> RowGradients:
-    return RowGradients(model.double(), CausalLMTask(), oracles.all_names(model))
-
-
-def worst_error(gradients: RowGradients, batch) -> float:
-    """Largest difference to autograd over all rows and parameters, relative to the largest gradient."""
-    names = list(gradients.parameters)
-    reference = oracles.split(
-        oracles.row_gradients(oracles.trainable(gradients.model), names, batch), gradients.model, names
-    )
-    scale = max(abs(block).max() for block in reference.values())
-    done = gradients.run(batch)
-    return max(
-        float(abs(block.reshape(len(block), -1).numpy() - reference[name][rows]).max()) / scale
-        for name, rows, block in gradients.blocks(done)
-    )
+from .compared import engine, worst_error
 
 
 class Around(nn.Module):

@@ -21,9 +21,10 @@ import torch
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from hf_source.gradients import CausalLMTask, ClassificationTask, RowGradients
+from hf_source.gradients import ClassificationTask, RowGradients
 
 from ..heads import tiny_vit
+from .compared import engine, worst_error
 
 
 class InOneMatrix(nn.Module):
@@ -56,25 +57,6 @@ def mixtral() -> MixtralForCausalLM:
     model = MixtralForCausalLM(MixtralConfig(**sizes | heads | experts | {"bos_token_id": 0}))
     model.set_experts_implementation("eager")  # the others have no float64
     return model
-
-
-def engine(model: nn.Module) -> RowGradients:
-    return RowGradients(model.double(), CausalLMTask(), oracles.all_names(model))
-
-
-def worst_error(gradients: RowGradients, batch) -> float:
-    """Largest difference to autograd over rows and parameters, relative to the largest gradient."""
-    names = list(gradients.parameters)
-    reference = oracles.split(
-        oracles.row_gradients(oracles.trainable(gradients.model), names, batch), gradients.model, names
-    )
-    scale = max(abs(block).max() for block in reference.values())
-    blocks = list(gradients.blocks(gradients.run(batch)))
-    assert sum(rows.stop - rows.start for _, rows, _ in blocks) == len(batch["input_ids"]) * len(names)
-    return max(
-        float(abs(block.reshape(len(block), -1).numpy() - reference[name][rows]).max()) / scale
-        for name, rows, block in blocks
-    )
 
 
 ATTENTION = {"in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"}

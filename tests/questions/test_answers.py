@@ -135,7 +135,7 @@ def test_groups_and_credit(files):
     record, settings, asked, _ = files
     assert "measured" in run("groups", record, *asked, "--by", "source", "--verify", *settings)
     assert "red" in run("groups", record, *asked, "--clusters", 3, *settings)
-    said = run("credit", record, *asked, "--rule", "rows", *settings)
+    said = run("credit", record, *asked, "--rule", "rows", "--curvature", "identity", *settings)
     assert "Who deserves credit" in said and "sum to one" in said
     assert "a column 'source'" in refused("credit", record, *asked, "--num-samples", 16)
     assert "Say what makes a group" in refused("groups", record, *asked, "--num-samples", 16)
