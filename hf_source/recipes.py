@@ -180,7 +180,7 @@ def record_from_recipe(recipe: Mapping[str, Any], checkpoints: Sequence[str]) ->
     from .recording import TrainingRecord
 
     args, model, tokenizer, rows = _run_of(recipe)
-    options = ("stage", "segment_boundaries", "record_rows", "max_length", "overwrite_stage")
+    options = ("stage", "segment_boundaries", "record_rows", "record_columns", "max_length", "overwrite_stage")
     return TrainingRecord.from_checkpoints(
         checkpoints,
         dataset=rows,

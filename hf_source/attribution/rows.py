@@ -25,6 +25,7 @@ from ..errors import DataError, UnsupportedError
 from ..gradients import CausalLMTask, PairTask, RowGradients, RowLayout, RowLossTask, Task
 from ..gradients.changes import without_changes
 from ..recording import StageRecord
+from ..recording.rows.columns import with_columns
 from ..recording.rows.matching import match_rows
 from ..recording.rows.packing import split
 
@@ -113,7 +114,8 @@ class StageRows:
         tokens: dict[int, list[int]] = {int(row): [] for row in np.unique(self.row)}
         for row, piece in zip(self.row, self._packed, strict=True):
             tokens[int(row)] += piece["input_ids"][piece["context"] :]
-        return Dataset.from_dict({ROW: list(tokens), "input_ids": list(tokens.values())})
+        rows = Dataset.from_dict({ROW: list(tokens), "input_ids": list(tokens.values())})
+        return with_columns(self.stage, rows, np.asarray(list(tokens), dtype=np.int64))
 
     def _check_items(self) -> None:
         """The loss items of each micro-batch must be those that training counted: same labels, same masking."""

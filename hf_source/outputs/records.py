@@ -18,6 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..recording import StageRecord, TrainingRecord
+from ..recording.rows.columns import COLUMNS_FILE
+from ..recording.rows.stored import row_files
 from .tables import shown
 
 
@@ -55,7 +57,7 @@ def _stages(record: TrainingRecord) -> Table:
         table.add_column(name, justify="right")
     for stage in record.stages:
         trained = sum(_numel(stage.tensor_info[name]["shape"]) for name in stage.trainable)
-        stored = any(name.endswith("/rows.parquet") for name in stage.data["files"])
+        stored = any(path.name != COLUMNS_FILE for path in row_files(stage))
         table.add_row(
             Text(shown(stage.name)),
             Text(stage.status, "green" if stage.status == "complete" else "yellow"),

@@ -39,6 +39,7 @@ class RecordingOptions:
     record_gradient_mean: bool = False
     record_frozen_weights: bool = True
     record_rows: bool = True
+    record_columns: tuple[str, ...] | None = None
     max_length: int | None = None
     overwrite_stage: bool = False
 
@@ -60,6 +61,8 @@ class RecordingOptions:
             raise ConfigError(
                 f"max_length={self.max_length!r} must be at least 2 tokens (one to read, one to predict), or None."
             )
+        if self.record_columns is not None:
+            object.__setattr__(self, "record_columns", _checked_columns(self.record_columns, self.record_rows))
         if self.segment_boundaries is not None:
             object.__setattr__(self, "segment_boundaries", _checked_boundaries(self.segment_boundaries))
 
@@ -73,6 +76,14 @@ class RecordingOptions:
         if given.get("record_dir") is None:
             given["record_dir"] = os.path.join(args.output_dir, "record")
         return cls(**given)
+
+
+def _checked_columns(columns: Any, record_rows: bool) -> tuple[str, ...]:
+    if not isinstance(columns, (list, tuple)) or not all(isinstance(name, str) for name in columns):
+        raise ConfigError(f"record_columns={columns!r} must be a list of column names, such as ['source', 'label'].")
+    if columns and not record_rows:
+        raise ConfigError("record_columns are kept beside the rows: leave record_rows at True, or leave them out.")
+    return tuple(columns)
 
 
 def _checked_boundaries(boundaries: Any) -> tuple[int, ...] | tuple[float, ...]:
@@ -133,6 +144,10 @@ class SourceConfig(TrainingArguments):
         record_rows (`bool`, defaults to `True`):
             Store the rows (token ids, and their text where they have one) in the record, so that attribution finds
             them. Without them every attribution must be given the datasets of all stages.
+        record_columns (`list[str]`, *optional*):
+            Which other columns of the dataset (label, source, contributor, ...) are kept beside the rows, so that
+            scores can be summed by them. By default all that hold numbers, truth values, dates or texts of at most 500
+            characters on average; `[]` for none. They take about their size as Parquet. A stream has none.
         max_length (`int`, *optional*):
             Rows of raw text are cut to this many tokens. Tokenised rows are taken as they are.
         overwrite_stage (`bool`, defaults to `False`):
@@ -155,6 +170,9 @@ class SourceConfig(TrainingArguments):
     record_gradient_mean: bool = field(default=False, metadata={"help": "Store the mean gradient of segments too."})
     record_frozen_weights: bool = field(default=True, metadata={"help": "Store parameters that do not train."})
     record_rows: bool = field(default=True, metadata={"help": "Store the rows in the record."})
+    record_columns: list[str] | None = field(
+        default=None, metadata={"help": "Other columns kept beside the rows; default all of short values."}
+    )
     max_length: int | None = field(default=None, metadata={"help": "Cut rows of raw text to this many tokens."})
     overwrite_stage: bool = field(default=False, metadata={"help": "Replace a stage of this name and later ones."})
 

@@ -42,6 +42,7 @@ from .optimizers import OptimizerDescription, describe_optimizer, is_fresh, unwr
 from .processes import Processes
 from .reading.record import TrainingRecord
 from .recorder import StageRecorder
+from .rows.columns import write_columns
 from .rows.stored import write_rows
 from .rows.streamed import StreamRows
 from .segment_plan import plan_checkpoints, plan_segments, scheduled_learning_rates
@@ -257,7 +258,9 @@ def new_stage(
     stage["continues_parent"] = parent is not None and continues(model, parent, stage["model"]["prompt_learning"])
     stage["frozen"] = save_frozen(frozen, writer, parent, store=options.record_frozen_weights)
     save_model_files(trainer.model, writer)
-    write_rows(trainer.train_dataset, writer, store=options.record_rows)
+    stored = write_rows(trainer.train_dataset, writer, store=options.record_rows)
+    if options.record_rows:
+        write_columns(trainer.given_dataset, trainer.train_dataset, stored, writer, options.record_columns)
     writer.add_tensors("initial.safetensors", {name: weights[name] for name in stage["trainable"]})
     writer.commit()
     save_tokenizer(trainer.processing_class, writer)

@@ -50,6 +50,7 @@ from .optimizers import learning_rates
 from .precision import clip_factor, loss_scale, refuse_broken_gradient
 from .processes import Processes
 from .recorder import StageRecorder, read_sidecar
+from .rows.columns import check_columns
 from .rows.numbering import RowCollator, RowDataset, count_numbers, with_row_numbers
 from .rows.packing import packed_with_rows
 from .rows.streams import carries_numbers, column_names, is_stream, number_rows
@@ -283,6 +284,7 @@ class RecordingMixin:
         if found is not None:
             warn_about_resuming(self, self._resume_folder)
         processes.agree(self._number_rows_again)
+        processes.agree(lambda: check_columns(self.given_dataset, self.train_dataset, options.record_columns))
         with contextlib.ExitStack() as stack:
             lock = writing(Path(options.record_dir))
             processes.agree(lambda: stack.enter_context(lock), main_only=True)

@@ -41,6 +41,7 @@ from ..names import named_parameters
 from ..optimizers import InverseRootRule, OptimizerDescription, describe_optimizer, unwrap_optimizer
 from ..precision import clip_factor
 from ..recorder import STEPS_PER_SHARD
+from ..rows.columns import check_columns
 from ..segment_plan import plan_segments
 from ..start import new_stage, refuse_existing_stage
 from ..trainer import SourceTrainer
@@ -71,6 +72,7 @@ def record_from_checkpoints(
             "A stream has no fixed rows that could be visited equally often. Collect it with Dataset.from_generator."
         )
     trainer = _make_trainer(found, dataset, max_length=options.max_length, **run)
+    check_columns(trainer.given_dataset, trainer.train_dataset, options.record_columns)
     rebuilt = _Run(trainer, found, options, num_segments)
     with writing(Path(options.record_dir)):
         rebuilt.write()

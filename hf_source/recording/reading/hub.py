@@ -13,15 +13,22 @@
 # limitations under the License.
 """Records on the Hub: a record is pushed in one commit, with a card, and pulled as it was."""
 
+import hashlib
+import io
 import json
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.parquet as pq
+
+from ...data import ROW
 from ...errors import ConfigError, RecordError
 from ...logs import get_logger
-from ..rows.stored import ROWS_FILE
+from ..rows.columns import COLUMNS_FILE
+from ..rows.stored import NUMBERS, row_files
+from ..rows.streamed import FOLDER as STREAM_FOLDER
 from ..writer import RECORD_FILE
 
 
@@ -41,10 +48,13 @@ def push_record(record: "TrainingRecord", repo_id: str, include_rows: bool | Non
     record.require_complete()
     if problems := record.verify():
         raise RecordError("A damaged record is not published. " + " ".join(problems))
-    data = _published(record, include_rows)
+    data, changed = _published(record, include_rows)
     try:
         return commit(
-            repo_id, "model", lambda _, present: _operations(record, data, repo_id, present), **commit_settings
+            repo_id,
+            "model",
+            lambda _, present: _operations(record, data, changed, repo_id, present),
+            **commit_settings,
         )
     except HubError as error:
         raise RecordError(
@@ -53,33 +63,44 @@ def push_record(record: "TrainingRecord", repo_id: str, include_rows: bool | Non
         ) from error
 
 
-def _published(record: "TrainingRecord", include_rows: bool | None) -> dict[str, Any]:
-    """The content of `record.json` as it is published."""
-    holding = [stage.name for stage in record.stages if f"{_folder(stage)}/{ROWS_FILE}" in stage.data["files"]]
+def _published(record: "TrainingRecord", include_rows: bool | None) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The content of `record.json` as it is published, and the files that differ from the record's own."""
+    holding = [stage.name for stage in record.stages if row_files(stage)]
     if holding and include_rows is None:
         raise ConfigError(
             f"The record holds the training rows of {', '.join(holding)}, whose license and privacy it does not know. "
             "Say include_rows=True to publish them with it (attribution then works from the record alone), or "
             "include_rows=False to leave them out (attribution then needs the datasets)."
         )
-    data = json.loads(json.dumps(record.data))
+    data, changed = json.loads(json.dumps(record.data)), {}
     for stage, entry in zip(record.stages, data["stages"], strict=True):
-        if not include_rows:
-            entry["files"].pop(f"{_folder(stage)}/{ROWS_FILE}", None)
-    return data
+        for name in () if include_rows else row_files(stage):
+            del entry["files"][name.relative_to(record.path).as_posix()]
+            if (left := _numbers_only(name)) is not None:
+                key = name.relative_to(record.path).as_posix()
+                changed[key] = left
+                entry["files"][key] = {"sha256": hashlib.sha256(left).hexdigest(), "bytes": len(left)}
+    return data, changed
 
 
-def _folder(stage: Any) -> str:
-    return stage.path.relative_to(stage.record.path).as_posix()
+def _numbers_only(file: Path) -> bytes | None:
+    """What is left of a file of rows: of a stream the numbers are kept nowhere else."""
+    if file.parent.name != STREAM_FOLDER:
+        return None
+    buffer = io.BytesIO()
+    pq.write_table(pq.read_table(file, columns=list(NUMBERS)), buffer)
+    return buffer.getvalue()
 
 
-def _operations(record: "TrainingRecord", data: Mapping[str, Any], repo_id: str, present: list[str]) -> list[Any]:
+def _operations(
+    record: "TrainingRecord", data: Mapping[str, Any], changed: Mapping[str, bytes], repo_id: str, present: list[str]
+) -> list[Any]:
     """Add what is listed, delete what an earlier record left; nothing else in the repository is touched."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     listed = sorted(name for part in (data, *data["stages"]) for name in part.get("files", {}))
     content = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
-    operations: list[Any] = [CommitOperationAdd(name, str(record.path / name)) for name in listed]
+    operations: list[Any] = [CommitOperationAdd(name, changed.get(name, str(record.path / name))) for name in listed]
     operations.append(CommitOperationAdd(RECORD_FILE, content.encode()))
     operations.append(CommitOperationAdd(CARD_FILE, record_card(record, data, repo_id).encode()))
     stale = [name for name in present if name.startswith(("stages/", "tokenizer/")) and name not in set(listed)]
@@ -93,12 +114,14 @@ def record_card(record: "TrainingRecord", data: Mapping[str, Any], repo_id: str)
     text = (files("hf_source.outputs") / _TEMPLATE).read_text(encoding="utf-8")
     stages = []
     for stage, entry in zip(record.stages, data["stages"], strict=True):
+        shown = [name for name in row_files(stage) if _published_whole(stage, entry, name)]
         stages.append(
             {
                 "name": stage.name,
                 "steps": stage.num_steps,
                 "rows": stage.num_rows,
-                "rows_stored": f"{_folder(stage)}/{ROWS_FILE}" in entry["files"],
+                "rows_stored": any(name.name != COLUMNS_FILE for name in shown),
+                "columns": [column for name in shown if name.name == COLUMNS_FILE for column in _columns(name)],
                 "segments": len(stage.segments),
                 "optimizer": stage.optimizer["name"],
                 "model": stage.model["class"],
@@ -112,6 +135,15 @@ def record_card(record: "TrainingRecord", data: Mapping[str, Any], repo_id: str)
     return environment.from_string(text).render(
         repo_id=repo_id, stages=stages, versions=data["library_versions"], schema=data["schema_version"]
     )
+
+
+def _published_whole(stage: Any, entry: Mapping[str, Any], name: Path) -> bool:
+    key = name.relative_to(stage.record.path).as_posix()
+    return entry["files"].get(key) == stage.data["files"][key]
+
+
+def _columns(name: Path) -> list[str]:
+    return [column for column in pq.read_schema(name).names if column != ROW]
 
 
 def _numel(shape: list[int]) -> int:

@@ -145,6 +145,7 @@ class TrainingRecord:
         num_segments: int | None = None,
         segment_boundaries: Sequence[Any] | None = None,
         record_rows: bool = True,
+        record_columns: Sequence[str] | None = None,
         max_length: int | None = None,
         overwrite_stage: bool = False,
     ) -> "TrainingRecord":
@@ -165,7 +166,7 @@ class TrainingRecord:
             stage: name of the stage.
             num_segments: segments of equal summed learning rate; each must hold a checkpoint. Default: up to 3.
             segment_boundaries: own cuts, see `SourceConfig`.
-            record_rows, max_length, overwrite_stage: see `SourceConfig`.
+            record_rows, record_columns, max_length, overwrite_stage: see `SourceConfig`.
 
         Raises:
             RecordError: if checkpoints, model, dataset and args do not fit together; names what differs.
@@ -179,6 +180,7 @@ class TrainingRecord:
             stage=stage,
             segment_boundaries=None if segment_boundaries is None else list(segment_boundaries),
             record_rows=record_rows,
+            record_columns=None if record_columns is None else list(record_columns),
             max_length=max_length,
             overwrite_stage=overwrite_stage,
         )

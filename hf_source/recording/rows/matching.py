@@ -27,6 +27,7 @@ import pyarrow as pa
 
 from ...data import ROW, CausalLMCollator, content_fingerprint, prepare_rows
 from ...errors import DataError
+from .columns import with_columns
 from .stored import is_given, rows_dataset, trained_numbers
 from .streamed import batch_tokens, by_number, read_stream_rows, row_hash
 from .streams import is_stream, number_rows
@@ -105,7 +106,9 @@ def _recorded_rows(stage: "StageRecord") -> MatchedRows:
             f"`datasets={{{stage.name!r}: ...}}` to from_record, or `dataset` to replay, as the Trainer took it."
         )
     numbers = _numbers(stage, rows)
-    return MatchedRows(rows, numbers, rows, numbers)
+    # Rows of packed sequences are put together again from their pieces first.
+    given = rows if stage.packing else with_columns(stage, rows, numbers)
+    return MatchedRows(rows, numbers, given, numbers)
 
 
 def _numbers(stage: "StageRecord", dataset: datasets.Dataset) -> np.ndarray:

@@ -15,6 +15,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -27,9 +28,10 @@ from ...data import ROW, TOKENS, TRAINED_COLUMNS, dataset_digest
 from ...gradients.preference import REFERENCE
 from ..heads import HEAD
 from ..writer import RecordWriter, atomic_write
+from .columns import COLUMNS_FILE
 from .numbering import RowDataset
 from .spilled import parquet_tables, spilled
-from .streamed import by_number, read_stream_rows
+from .streamed import FOLDER, by_number, read_stream_rows
 from .streams import is_stream
 
 
@@ -39,22 +41,25 @@ if TYPE_CHECKING:
 ROWS_FILE = "rows.parquet"
 _BATCH = 4096
 
-# What trains and what people read of prepared rows. Other columns stay with their owner.
+# What trains and what people read of prepared rows.
 _COLUMNS = (*TRAINED_COLUMNS, "seq_lengths", *REFERENCE, "attention_mask", "text", "prompt", "completion", ROW)
 
 
-def write_rows(dataset: Any, writer: RecordWriter, store: bool = True) -> None:
+def write_rows(dataset: Any, writer: RecordWriter, store: bool = True) -> list[str]:
     """Write the prepared rows to `<stage>/rows.parquet`, or, where some were filtered out, at least their numbers.
 
-    Rows of streams are written as they come, see `streamed.py`.
+    Rows of streams are written as they come, see `streamed.py`; what else is known of rows, see `columns.py`.
 
     Args:
         dataset: the training set, numbered.
         writer: writer of the stage.
         store: write the rows; else only the numbers of a filtered training set.
+
+    Returns:
+        The columns that were written.
     """
     if is_stream(dataset):
-        return
+        return []
     if store and isinstance(dataset, RowDataset):
         tables: Iterable[pa.Table] = _tables(dataset, writer.stage["loss"]["kind"] == HEAD)
     elif isinstance(dataset, datasets.Dataset):
@@ -63,21 +68,24 @@ def write_rows(dataset: Any, writer: RecordWriter, store: bool = True) -> None:
         columns = [name for name in dataset.column_names if not prepared or name in _COLUMNS]
         columns = columns if store else [ROW]
         if not store and len(dataset) == writer.stage["dataset"]["num_rows"]:
-            return
+            return []
         tables = dataset.select_columns(columns).with_format("arrow").iter(batch_size=_BATCH)
     else:
-        return
+        return []
+    columns = []
 
     def write(path: Any) -> None:
         file = None
         for table in tables:
             file = file or pq.ParquetWriter(path, table.schema)
             file.write_table(table.cast(file.schema))
+            columns[:] = table.column_names
         if file is not None:
             file.close()
 
     atomic_write(writer.folder / ROWS_FILE, write)
     writer.list_file(ROWS_FILE)
+    return columns
 
 
 def _tables(dataset: RowDataset, whole: bool) -> Iterator[pa.Table]:
@@ -85,6 +93,19 @@ def _tables(dataset: RowDataset, whole: bool) -> Iterator[pa.Table]:
         rows = [dataset[index] for index in range(start, min(start + _BATCH, len(dataset)))]
         part = rows_dataset(row if whole else {name: row[name] for name in _COLUMNS if name in row} for row in rows)
         yield part.data.table
+
+
+NUMBERS = (ROW, "hash", "step")
+"""Columns that say which rows trained, and nothing of what is in them."""
+
+
+def row_files(stage: "StageRecord") -> list[Path]:
+    """Files with the content of rows: as they trained, what else is known of them, those of a stream."""
+    folder = stage.path.relative_to(stage.record.path).as_posix()
+    own = {f"{folder}/{ROWS_FILE}", f"{folder}/{COLUMNS_FILE}"}
+    names = [name for name in stage.data["files"] if name in own or name.startswith(f"{folder}/{FOLDER}/")]
+    paths = [stage.record.path / name for name in names]
+    return [path for path in paths if not set(pq.read_schema(path).names) <= set(NUMBERS)]
 
 
 def trained_numbers(stage: "StageRecord") -> np.ndarray:

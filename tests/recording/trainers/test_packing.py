@@ -38,7 +38,8 @@ LENGTH = 16
 
 def rows():
     words = ["Lima", "Havana is it", "Suva", "a long row of very many letters", "Oman", "Togo or Lome", "Mali", "x"]
-    return Dataset.from_dict({"prompt": [f"{index}:" for index in range(len(words))], "completion": words})
+    prompts = [f"{index}:" for index in range(len(words))]
+    return Dataset.from_dict({"prompt": prompts, "completion": words, "source": list("abcdefgh")})
 
 
 def packed(folder, strategy, **settings):
@@ -67,6 +68,19 @@ def test_sequences_are_those_of_trl(run, tmp_path):
             text = rows()[row]["prompt"] + rows()[row]["completion"] + "<eos>"
             own = [token for token, owner in zip(ids, owners, strict=True) if owner == row]
             assert byte_tokenizer().decode(own) in text
+
+
+def test_rows_come_back_with_what_is_known_of_them(run):
+    """A packed sequence holds tokens of many rows; their texts and other columns are kept beside it."""
+    _, record, _, _ = run
+    attributor = SourceAttributor(record, method="bm25", progress=False)
+    given = attributor.rows(record.stage()).given
+    assert len(given) and {row["source_row"]: row["source"] for row in given} == {
+        row: "abcdefgh"[row] for row in given["source_row"][:]
+    }
+    for row in given:
+        assert (row["prompt"], row["completion"]) == (rows()[row["source_row"]]["prompt"],
+                                                      rows()[row["source_row"]]["completion"])  # fmt: skip
 
 
 def example_loss(trainer, strategy):
