@@ -15,6 +15,7 @@
 
 import logging
 import re
+import time
 from collections.abc import Callable
 
 import torch
@@ -86,3 +87,15 @@ def with_smaller_batches(compute: Callable[[list], list], items: list) -> list:
     logger.warning("out of memory with %d rows at once (%s): going on with half of them", len(items), said)
     middle = len(items) // 2
     return [*with_smaller_batches(compute, items[:middle]), *with_smaller_batches(compute, items[middle:])]
+
+
+def clock(device: torch.device) -> float:
+    """Seconds that a calibration reads before and after: on a CPU, those that this thread really had.
+
+    What else a busy machine does then does not make a calibration longer than the work that it stands for.
+    """
+    if device.type == "cpu":
+        return time.thread_time()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

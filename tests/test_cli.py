@@ -148,6 +148,18 @@ def test_plan(record):
     assert "walk and score 'pretrain': 8 rows" in out
     assert "source (joint): 1 queries" in out
     assert "peak memory" in out
+    assert "better buy: `" in out
+
+
+def test_auto(record):
+    """Chosen from a shell; what was taken is told with the answer."""
+    out = run("plan", record, *ASKED, *FEW, "--stage", "sft", "--method", "auto", "--set", "max_cost=1000000000")
+    assert out.startswith("unrolled: 1 queries") and "better buy: `unrolled`" in out
+    few = [*FEW, "--method", "auto", "--set", "max_cost=0.000001"]
+    assert run("plan", record, *ASKED, *few, "--stage", "sft").startswith("source (joint)")
+    assert "max_cost=0: give a positive number" in refused(
+        "plan", record, *ASKED, "-s", "method=auto", "-s", "max_cost=0"
+    )
 
 
 def test_plan_takes_settings_from_recipe_options_and_set(record, tmp_path):

@@ -38,13 +38,14 @@ from ..recording import StageRecord, TrainingRecord
 from ..recording.digest import digest, record_digest
 from ..recording.reading.assumed import visits_note
 from ..source import WalkSettings, Work
+from .advice import advised_plan
 from .alone import final_losses, own_influence
 from .ensembles import ENSEMBLES, check_agreement, make_ensemble, split_settings
 from .filtered import filtered_top
 from .generation import complete, prompt_text
 from .methods import METHODS, in_chunks
 from .methods.base import Scores
-from .plan import Plan, make_plan
+from .plan import Plan
 from .queries import Queries, refuse_one_text, refuse_other_than_queries, same_queries
 from .reader import RunReader
 
@@ -63,7 +64,8 @@ class SourceAttributor(RunReader):
 
     Args:
         record: what training left behind; several records of runs with other seeds are an ensemble.
-        method: one of `hf_source.attribution.METHODS`.
+        method: one of `hf_source.attribution.METHODS`; `"auto"` takes the most accurate one that the record allows
+            at a cost of at most `max_cost` times that of `"source"`.
         curvature: `"joint"` (all layers at once), `"ekfac"` (the paper's, whitened by the optimizer), `"ekfac-hybrid"`
             (the paper's form for Adam), `"diagonal"`, `"identity"`, `"exact"` (tiny models).
         num_samples: sampled-label gradients per segment; more is more accurate and costs `num_samples^2` memory.
@@ -190,6 +192,8 @@ class SourceAttributor(RunReader):
         )
         self._walked: dict[str, dict[str, np.ndarray]] = {}
         self._walks: dict[str, Any] = {}
+        # What `method="auto"` took, and why.
+        self.taken: tuple[SourceAttributor, str] | None = None
         # The queries last attributed, and to which stages: what `push_to_hub` shares.
         self.attributed: tuple[Queries, list[str]] | None = None
         self.ensemble = make_ensemble(self, records, ensemble, ensemble_size, of_ensemble, ENSEMBLES)
@@ -232,11 +236,14 @@ class SourceAttributor(RunReader):
     def settings(self) -> dict[str, Any]:
         """What scores depend on besides the record and the draws of a seed, JSON-able.
 
-        What was measured of scores holds for others of equal settings.
+        What was measured of scores holds for others of equal settings. Of `method="auto"` they are those of the method
+        that was taken, once there are scores.
         """
         if self.index is not None:
             measured = {} if self._measurement == Loss() else {"measurement": describe_measurement(self._measurement)}
             return {**self.index.settings, **measured, "index": self.index.described()}
+        if self.taken is not None:
+            return self.taken[0].settings()
         own = {field.name: getattr(self.options, field.name) for field in fields(self.options)}
         read = () if METHODS[self.method].reads_text else ("curvature", "num_samples", "tail", "momentum")
         common = {key: self._given[key] for key in read}
@@ -293,7 +300,8 @@ class SourceAttributor(RunReader):
         return Work(self.cache_dir / digest(identity)[:32])
 
     def _notes(self, stages: Iterable[str]) -> str:
-        return "\n".join(note for note in (self.note, self.trust(stages)) if note)
+        taken = "" if self.taken is None else self.taken[1]
+        return "\n".join(note for note in (self.note, taken, self.trust(stages)) if note)
 
     # ---- queries -----------------------------------------------------------------------------------------------
 
@@ -728,11 +736,15 @@ class SourceAttributor(RunReader):
         return report_of(self, path, queries, stages, k, title=title, columns=columns, shaded=shaded)
 
     def plan(self, dataset: Dataset | None, queries: Queries, stage: str | None = None) -> Plan:
-        """What an attribution will cost, from a short calibration; nothing else is run."""
+        """What an attribution will cost, from a short calibration; nothing else is run.
+
+        For Source, and for the methods that replay the run, it also says what the others would cost, which is the
+        better buy, and why.
+        """
         record = self.record.stage(stage) if stage or len(self.record.stages) == 1 else self.record.stages[0]
         if dataset is not None:
             self.set_dataset(record.name, dataset)
-        plan = make_plan(self, self.encode(queries), record)
+        plan = advised_plan(self, self.encode(queries), record)
         return plan if self.ensemble is None else self.ensemble.plan(plan)
 
 

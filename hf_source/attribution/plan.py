@@ -14,7 +14,6 @@
 """What an attribution will cost, before anything runs: passes, tokens, time, memory."""
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -22,17 +21,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..budget import queries_at_once
+from ..budget import clock, queries_at_once
 from ..curvature import JointCurvature, column_bytes
 from ..gradients import RowGradients
 from ..recording import StageRecord
 from ..source import score_rows, wanted_parameters
-from .cost import PASS, JointCost
+from .cost import JointCost
 from .methods.projected import ProjectedOptions
 from .queries import Queries
 
 
 if TYPE_CHECKING:
+    from .advice import Advice
     from .attributor import SourceAttributor
     from .rows import StageRows
 
@@ -68,6 +68,7 @@ class Plan:
         written: bytes that are kept in `cache_dir` at most.
         members: of the ensemble, one after another; `seconds` and `disk` are those of all, `stages` those of each.
         training_tokens: that each member trains on first.
+        advice: which method is the better buy, where that can be said.
     """
 
     method: str
@@ -81,6 +82,7 @@ class Plan:
     written: int = 0
     members: int = 1
     training_tokens: int = 0
+    advice: "Advice | None" = None
 
     @property
     def peak_memory(self) -> int:
@@ -106,6 +108,7 @@ class Plan:
         parts = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in self.memory.items())
         lines.append(f"  about {self.seconds:,.0f} s; peak memory {self.peak_memory / 2**20:,.0f} MiB ({parts})")
         lines.append(f"  disk: reads {self.disk / 2**20:,.0f} MiB of the record, {self._writes}")
+        lines += [] if self.advice is None else [str(self.advice)]
         return "\n".join(lines)
 
 
@@ -118,12 +121,14 @@ class Measured:
         gradients: engine of the last one's model.
         num_queries: asked.
         seconds_per_token: of forward, backward and what the attributor's method does with the gradients.
+        operations_per_second: of products of large matrices.
     """
 
     stages: list[StageRecord]
     gradients: RowGradients
     num_queries: int
     seconds_per_token: float
+    operations_per_second: float
 
 
 def measure(attributor: "SourceAttributor", queries: Queries, target: StageRecord) -> Measured:
@@ -134,7 +139,7 @@ def measure(attributor: "SourceAttributor", queries: Queries, target: StageRecor
     wanted = wanted_parameters(model, attributor.record.stages)
     gradients = RowGradients(model, attributor.rows(last).task, list(wanted))
     per_token = _seconds_per_token(attributor, gradients, last, queries)
-    return Measured(stages, gradients, len(queries), per_token)
+    return Measured(stages, gradients, len(queries), per_token, _multiplication_rate(attributor))
 
 
 def make_plan(attributor: "SourceAttributor", queries: Queries, target: StageRecord) -> Plan:
@@ -151,9 +156,8 @@ def estimate(attributor: "SourceAttributor", measured: Measured) -> Plan:
     passes = _sample_passes(attributor, columns)
     plans = [_stage_plan(attributor, stage, passes, count) for stage in reversed(stages)]
     tokens = sum(plan.sample_tokens + plan.score_tokens for plan in plans)
-    seconds = measured.seconds_per_token * (
-        tokens + _curvature_tokens(attributor, gradients, last, plans, columns, count)
-    )
+    curvature = _curvature_operations(attributor, gradients, last, plans, columns, count)
+    seconds = measured.seconds_per_token * tokens + curvature / measured.operations_per_second
     return Plan(
         attributor.method,
         attributor.curvature_name,
@@ -173,7 +177,7 @@ def _written(gradients: RowGradients, stages: list[StageRecord], num_queries: in
     return num_queries * (3 * vectors + sum(4 * len(stage.segments) * stage.num_rows for stage in stages))
 
 
-def _curvature_tokens(
+def _curvature_operations(
     attributor: "SourceAttributor",
     gradients: RowGradients,
     stage: StageRecord,
@@ -181,20 +185,18 @@ def _curvature_tokens(
     columns: list[int],
     num_queries: int,
 ) -> float:
-    """What `joint` curvature takes beside the passes over its sample, in tokens of a pass."""
+    """What `joint` curvature takes beside the passes over its sample."""
     if attributor.method not in ("source", "fast-source") or not isinstance(attributor.curvature, JointCurvature):
         return 0.0
     rows, count = attributor.rows(stage), attributor.num_samples
-    shapes, size = [], 0
+    shapes = []
     for (name, parameter), held in zip(gradients.parameters.items(), columns, strict=True):
         dense = count * parameter.numel() * parameter.element_size()
         shapes.append((tuple(parameter.shape), held < dense, name in gradients.vocabulary))
-    size = sum(parameter.numel() for parameter in gradients.model.parameters())
     tokens, segments = float(rows.lengths[rows.trained].mean()), sum(plan.num_segments for plan in plans)
     cost = lambda vectors: JointCost(count, tokens, vectors, attributor.curvature.tail).of_all(shapes)  # noqa: E731
     # Vectors go through the first segment for its rows only, through the others also to those before.
-    found = cost(2 * num_queries) * (segments - 1) + cost(num_queries)
-    return found / (PASS * size)
+    return cost(2 * num_queries) * (segments - 1) + cost(num_queries)
 
 
 def _column_bytes(attributor: "SourceAttributor", gradients: RowGradients, stage: StageRecord) -> list[int]:
@@ -251,7 +253,8 @@ def _unrolling_plan(
     """Every visit of a row costs about four passes, and what its curvature takes."""
     visits = sum(segment.num_visits()[rows.example] for segment in stage.segments)
     tokens = int((visits * rows.lengths).sum())
-    products = attributor.options.draws if attributor.method == "stepwise" else 2 * num_queries
+    # A gradient of a gradient is two backward passes, and those are two thirds of a pass each.
+    products = attributor.options.draws if attributor.method == "stepwise" else math.ceil(4 * num_queries / 3)
     return StagePlan(stage.name, stage.num_rows, stage.num_steps, products, products * tokens, 4 * tokens)
 
 
@@ -266,6 +269,16 @@ def _batch_bytes(attributor: "SourceAttributor", gradients: RowGradients) -> int
     features = sum(sum(shape) if len(shape) > 1 else 2 * shape[0] for shape in shapes if len(shape) in (1, 2))
     logits = max((max(shape) for shape in shapes if len(shape) == 2), default=0)
     return int(tokens * (features + 3 * logits) * attributor.dtype.itemsize)
+
+
+def _visited_bytes(attributor: "SourceAttributor", gradients: RowGradients) -> int:
+    """`_batch_bytes` of the largest micro-batch that was trained on, of the first ones of the last stage."""
+    stage = attributor.record.stages[-1]
+    rows = attributor.rows(stage)
+    first = [batch for step in stage.steps().micro_batches[:16] for batch in step]
+    pieces = [rows.pieces_of(batch.rows) for batch in first]
+    tokens = max((int(len(each) * rows.lengths[each].max()) for each in pieces if len(each)), default=0)
+    return _batch_bytes(attributor, gradients) * tokens // attributor.max_tokens_per_batch
 
 
 def _projected_memory(attributor: "SourceAttributor", num_queries: int) -> dict[str, int]:
@@ -304,6 +317,8 @@ def _memory(
         steps = max(stage.num_steps for stage in attributor.record.stages)
         memory["query vectors"] *= 2  # moments of the adjoint beside it, and the products
         memory["states of the run"] = 3 * 2 * math.isqrt(steps) * total  # weights and two moments
+        if attributor.method == "unrolled":  # a batch's activations and their derivatives, of every query
+            memory["second derivatives"] = 6 * num_queries * _visited_bytes(attributor, gradients)
         return memory
     if _iterates(attributor):
         memory["query vectors"] *= 2  # residual, direction and their products
@@ -333,11 +348,22 @@ def _seconds_per_token(attributor, gradients: RowGradients, stage: StageRecord, 
     work = _work(attributor, gradients, stage, len(queries))
     gradients.check(rows.collated(rows.shortest(2), attributor.device))
     work(rows.collated(chosen[0][:2], attributor.device))  # warm-up
-    start, tokens = time.perf_counter(), 0
+    tokens = sum(int(rows.lengths[numbers].sum()) for numbers in chosen)
+    start = clock(attributor.device)
     for numbers in chosen:
         work(rows.collated(numbers, attributor.device))
-        tokens += int(rows.lengths[numbers].sum())
-    return (time.perf_counter() - start) / tokens
+    return (clock(attributor.device) - start) / tokens
+
+
+def _multiplication_rate(attributor) -> float:
+    """Operations a second of the device, from a product of matrices."""
+    one = torch.ones(512, 512, dtype=attributor.dtype, device=attributor.device)
+    seconds = []
+    for _ in range(4):  # the first is a warm-up
+        start = clock(attributor.device)
+        float((one @ one)[0, 0])  # waits for the device
+        seconds.append(clock(attributor.device) - start)
+    return 2 * len(one) ** 3 / min(seconds[1:])
 
 
 def _work(attributor, gradients: RowGradients, stage: StageRecord, num_queries: int) -> Callable[[dict], object]:

@@ -24,6 +24,7 @@ class Method(StrEnum):
     """`--method`."""
 
     source = "source"
+    auto = "auto"
     fast_source = "fast-source"
     stepwise = "stepwise"
     unrolled = "unrolled"

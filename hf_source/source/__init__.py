@@ -14,8 +14,9 @@
 """The Source walk through segments and stages."""
 
 from .products import ExactProducts, Products, SampledProducts
+from .replay_cost import ReplayCost, replay_cost
 from .self_influence import self_influence
-from .unrolled import unroll
+from .unrolled import refuse_inexact, refuse_other_runs, unroll
 from .walk import WalkSettings, draw_sample, score_rows, segment_flow, walk, wanted_parameters
 from .work import Work
 
@@ -23,10 +24,14 @@ from .work import Work
 __all__ = [
     "ExactProducts",
     "Products",
+    "ReplayCost",
     "SampledProducts",
     "WalkSettings",
     "Work",
     "draw_sample",
+    "refuse_inexact",
+    "refuse_other_runs",
+    "replay_cost",
     "score_rows",
     "segment_flow",
     "self_influence",

@@ -87,16 +87,11 @@ def unroll(
     for stage in stages:
         refuse_inexact(stage)
 
-    def unfused(stage: StageRecord) -> nn.Module:
-        model = models(stage)
-        if hasattr(model, "set_attn_implementation"):
-            model.set_attn_implementation("eager")  # fused attention has no second derivative
-        return model
-
     vectors: Vectors | None = None
     for position in range(len(stages) - 1, -1, -1):
         stage = stages[position]
-        gradients, names, vectors = open_stage(stages, position, rows, query_gradients, settings, unfused, vectors)
+        opened = open_stage(stages, position, rows, query_gradients, settings, unfused(models), vectors)
+        gradients, names, vectors = opened
         run = RecordedRun(stage, rows[stage.name], gradients, settings, products or ExactProducts())
         scores, vectors = run.backward(vectors)
         vectors = {names[name]: vector for name, vector in vectors.items()}
@@ -104,20 +99,59 @@ def unroll(
         yield stage, scores
 
 
+def unfused(models: Callable[[StageRecord], nn.Module]) -> Callable[[StageRecord], nn.Module]:
+    """Models whose attention is not fused, which has no second derivative."""
+
+    def make(stage: StageRecord) -> nn.Module:
+        model = models(stage)
+        if hasattr(model, "set_attn_implementation"):
+            model.set_attn_implementation("eager")
+        return model
+
+    return make
+
+
 def refuse_inexact(stage: StageRecord) -> None:
     """Raise if the stage's steps cannot be repeated exactly, or not be differentiated."""
     require_recorded_visits(stage, "unrolled")
     if stage.training.get("dropout"):
         raise UnsupportedError(
-            f"Stage {stage.name!r} trained with dropout, whose masks the record does not hold: method='unrolled' "
-            "needs a run that can be repeated. Use method='source', or train with dropout 0."
+            f"Stage {stage.name!r} trained with dropout, whose masks the record does not hold, so its steps cannot be "
+            "repeated. Use method='source', or train with dropout 0."
+        )
+    if stage.training.get("neftune_noise_alpha"):
+        raise UnsupportedError(
+            f"Stage {stage.name!r} trained with NEFTune, whose noise the record does not hold, so its steps cannot be "
+            "repeated. Use method='source', or train without `neftune_noise_alpha`."
         )
     rules = {group["rule"] for group in stage.optimizer["groups"] if group["parameters"]}
     if len(rules) > 1 or not rules <= set(DIFFERENTIABLE):
         raise UnsupportedError(
             f"Stage {stage.name!r} trained with {' and '.join(sorted(rules))}, which cannot be differentiated: "
-            f"method='unrolled' knows one of {', '.join(DIFFERENTIABLE)}. Use method='source'."
+            f"a replay knows one of {', '.join(DIFFERENTIABLE)}. Use method='source'."
         )
+
+
+def refuse_other_runs(
+    stages: Sequence[StageRecord],
+    rows: Mapping[str, Any],
+    settings: WalkSettings,
+    models: Callable[[StageRecord], nn.Module],
+) -> None:
+    """Repeat the steps of some stages, which are the first of a run, and raise if they do not lead to its weights.
+
+    Args:
+        stages, rows, settings, models: see `walk`.
+
+    Raises:
+        UnsupportedError: if the replay ends elsewhere.
+    """
+    for stage in stages:
+        refuse_inexact(stage)
+        model = models(stage).to(settings.device, settings.dtype).eval()
+        gradients = RowGradients(model, rows[stage.name].task, list(stage.trainable))
+        rows[stage.name].prepare(gradients)
+        RecordedRun(stage, rows[stage.name], gradients, settings, None).replay()
 
 
 class RecordedRun:
@@ -146,7 +180,7 @@ class RecordedRun:
         """Scores of the stage's rows, `[queries, rows]`, and the query vectors at its initial weights."""
         scores = np.zeros((len(next(iter(vectors.values()))), self.stage.num_rows))
         adjoint, moments = dict(vectors), None
-        checkpoints = self._checkpoints()
+        checkpoints = self.replay()
         title = f"unrolling {self.stage.name}"
         last = len(self.steps) - 1
         trajectory: dict[int, Snapshot] = {}
@@ -155,21 +189,25 @@ class RecordedRun:
                 start = step // self.stride * self.stride
                 trajectory = self._replay(checkpoints.pop(start), start, step)
             if not self.steps.skipped[step]:
-                adjoint, moments = self._step_back(step, trajectory.pop(step), adjoint, moments, scores)
+                adjoint, moments = self.step_back(step, trajectory.pop(step), adjoint, moments, scores)
         return scores.astype(np.float32), adjoint
 
     # ---- forwards ----
 
-    def _checkpoints(self) -> dict[int, Snapshot]:
-        """The state before every `stride`-th step, in CPU memory."""
+    def replay(self) -> dict[int, Snapshot]:
+        """The state before every `stride`-th step, in CPU memory.
+
+        Raises:
+            UnsupportedError: if the steps do not end at the recorded weights.
+        """
         self.stage.load_weights(self.gradients.model, "initial")
         weights = {name: p.detach().clone() for name, p in self.trained.items()}
-        found, snapshot = {}, Snapshot(weights, self._first_state())
+        found, snapshot = {}, Snapshot(weights, self.first_state())
         title = f"replaying {self.stage.name}"
         for step in self.settings.progress(range(len(self.steps)), title):
             if step % self.stride == 0:
                 found[step] = snapshot
-            snapshot = self._next(step, snapshot)
+            snapshot = self.next(step, snapshot)
         self._refuse_another_run(snapshot)
         return found
 
@@ -189,7 +227,7 @@ class RecordedRun:
                 "precision), so its steps cannot be followed. Use method='source', which does not replay."
             )
 
-    def _first_state(self) -> State:
+    def first_state(self) -> State:
         """What the optimizer brought from earlier training."""
         optimizer = build_optimizer(self.description, self.trained)
         load_optimizer_state(self.stage, optimizer, self.trained)
@@ -201,10 +239,10 @@ class RecordedRun:
         for step in range(first, last + 1):
             found[step] = snapshot
             if step < last:
-                snapshot = self._next(step, snapshot)
+                snapshot = self.next(step, snapshot)
         return found
 
-    def _next(self, step: int, snapshot: Snapshot) -> Snapshot:
+    def next(self, step: int, snapshot: Snapshot) -> Snapshot:
         """The state after a step."""
         if self.steps.skipped[step]:
             return snapshot
@@ -219,7 +257,8 @@ class RecordedRun:
             for name, parameter in self.trained.items():
                 parameter.copy_(snapshot.weights[name])
 
-    def _micro_batches(self, step: int) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor], float]]:
+    def micro_batches(self, step: int) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor], float]]:
+        """Numbers of the rows, the batch and the normalizer of each micro-batch of a step."""
         enter_epochs(self.gradients, self.stage, range(step, step + 1))
         for batch in self.steps.micro_batches[step]:
             pieces = self.rows.pieces_of(batch.rows)
@@ -231,7 +270,7 @@ class RecordedRun:
         frozen = self.stage.frozen_at(step)
         updated = {name: parameter for name, parameter in self.trained.items() if name not in frozen}
         total: dict[str, torch.Tensor] = {}
-        for _, batch, normalizer in self._micro_batches(step):
+        for _, batch, normalizer in self.micro_batches(step):
             for name, part in self._differentiate(batch, updated, normalizer).items():
                 total[name] = total[name] + part if name in total else part
         return total
@@ -279,7 +318,7 @@ class RecordedRun:
 
     # ---- backwards ----
 
-    def _step_back(
+    def step_back(
         self, step: int, snapshot: Snapshot, adjoint: Vectors, moments: dict | None, scores: np.ndarray
     ) -> tuple[Vectors, dict]:
         """Through one step: adds to the scores, and returns the adjoints of the state before it."""
@@ -298,7 +337,7 @@ class RecordedRun:
         self._load(snapshot)
         flowing = forces
         mine, count = self.settings.share
-        for position, (numbers, batch, normalizer) in enumerate(self._micro_batches(step)):
+        for position, (numbers, batch, normalizer) in enumerate(self.micro_batches(step)):
             if position % count == mine:
                 dots = score_rows(self.gradients, batch, forces).double().numpy()
                 np.subtract.at(scores, (slice(None), numbers), dots / normalizer)

@@ -327,7 +327,7 @@ def _fingerprint(dataset):
 
 
 @pytest.mark.parametrize(
-    ("settings", "products"), [({"method": "stepwise", "draws": 3}, 3), ({"method": "unrolled"}, 4)]
+    ("settings", "products"), [({"method": "stepwise", "draws": 3}, 3), ({"method": "unrolled"}, 3)]
 )
 def test_plan_of_unrolling_counts_every_visit(story, queries, settings, products):
     plan = attributor(story, **settings).plan(None, queries, stage="sft")

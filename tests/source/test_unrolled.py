@@ -125,9 +125,13 @@ def test_what_cannot_be_repeated_or_differentiated_is_refused(tmp_path):
     queries = Queries.from_dataset(random_rows(1))
     with pytest.raises(UnsupportedError, match="trained with dropout.*method='source'"):
         attributor_of(tmp_path / "dropout").scores(random_rows(), queries)
-    train(tmp_path / "noise", tiny_gpt2(), neftune_noise_alpha=20.0, num_segments=1)
-    with pytest.raises(UnsupportedError, match="of the distance trained away.*NEFTune.*Use method='source'"):
+    _, noisy = train(tmp_path / "noise", tiny_gpt2(), neftune_noise_alpha=20.0, num_segments=1)
+    with pytest.raises(UnsupportedError, match="trained with NEFTune, whose noise.*Use method='source'"):
         attributor_of(tmp_path / "noise").scores(random_rows(), queries)
+    # As of a kind of noise that nobody told of.
+    noisy.stage().training["neftune_noise_alpha"] = noisy.stage().loss["first_micro_batch"] = None
+    with pytest.raises(UnsupportedError, match="of the distance trained away.*Use method='source'"):
+        SourceAttributor(noisy, method="unrolled", progress=False).scores(random_rows(), queries)
     _, record = train(tmp_path / "other", tiny_gpt2(), max_steps=2, num_segments=1)
     record.stage().optimizer["groups"][0]["rule"] = "Muon"
     with pytest.raises(UnsupportedError, match="Muon, which cannot be differentiated.*one of SGD, Adam, AdamW"):

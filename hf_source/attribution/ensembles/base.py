@@ -212,6 +212,11 @@ def make_ensemble(
         raise ConfigError(
             f"method={attributor.method!r} compares texts, without a model: an ensemble changes nothing. Leave it out."
         )
+    if attributor.method == "auto":
+        raise ConfigError(
+            f"method='auto' chooses for one run, ensemble={name!r} averages over several models: name the method, "
+            "such as method='source'."
+        )
     if name == "independent":
         if len(records) < 2:
             raise ConfigError(

@@ -13,6 +13,7 @@
 # limitations under the License.
 """The methods behind `method=`: `source` is the library's own; the others are what it is compared with."""
 
+from .auto import AutoOptions, auto
 from .base import Method, in_chunks
 from .datainf import DataInfOptions, datainf
 from .diffusion import DiffusionOptions, diffusion_retrac, diffusion_tracin
@@ -28,6 +29,7 @@ from .trak import TrakOptions, trak
 
 METHODS: dict[str, Method] = {
     "source": Method(source, SourceOptions, nats=True),
+    "auto": Method(auto, AutoOptions, nats=True, together=True),
     "fast-source": Method(fast_source, FastSourceOptions, nats=True),
     "stepwise": Method(stepwise, StepwiseOptions, nats=True),
     "unrolled": Method(unrolled, nats=True),
