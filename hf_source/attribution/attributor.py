@@ -52,6 +52,7 @@ from .reader import RunReader
 
 if TYPE_CHECKING:
     from ..index import SourceIndex
+    from .tokens import TokenInfluence
 
 logger = get_logger(__name__)
 
@@ -196,6 +197,8 @@ class SourceAttributor(RunReader):
         self.taken: tuple[SourceAttributor, str] | None = None
         # The queries last attributed, and to which stages: what `push_to_hub` shares.
         self.attributed: tuple[Queries, list[str]] | None = None
+        # What a report of some queries found of their tokens, which goes along when they are shared.
+        self.shading: tuple[Queries, TokenInfluence, str] | None = None
         self.ensemble = make_ensemble(self, records, ensemble, ensemble_size, of_ensemble, ENSEMBLES)
         if self.ensemble is not None:
             self.note = "\n".join(part for part in (self.note, self.ensemble.note) if part)
@@ -611,6 +614,7 @@ class SourceAttributor(RunReader):
         *,
         include_rows: bool = True,
         max_columns: int = 100,
+        shaded: int | None = None,
     ) -> Path:
         """Write scores, strongest rows and queries to a folder with a card: what `push_to_hub` publishes.
 
@@ -618,7 +622,7 @@ class SourceAttributor(RunReader):
 
         Args:
             folder: to write to.
-            queries, stages, k, max_columns: see `push_to_hub`.
+            queries, stages, k, max_columns, shaded: see `push_to_hub`.
             include_rows: write the rows too; else their numbers only.
 
         Returns:
@@ -630,7 +634,8 @@ class SourceAttributor(RunReader):
         from ..outputs.attribution_files import save_attribution
         from ..outputs.sharing import collect
 
-        found = collect(self, queries, stages, k, texts=None if include_rows else (), max_columns=max_columns)
+        settings = {"texts": None if include_rows else (), "max_columns": max_columns, "shaded": shaded}
+        found = collect(self, queries, stages, k, **settings)
         if self.accelerator.is_main_process:
             save_attribution(found, folder)
         self.accelerator.wait_for_everyone()
@@ -647,6 +652,7 @@ class SourceAttributor(RunReader):
         private: bool | None = None,
         source_datasets: str | Mapping[str, str] | None = None,
         max_columns: int = 100,
+        shaded: int | None = None,
         token: str | bool | None = None,
         revision: str | None = None,
         commit_message: str = "Upload attribution",
@@ -654,8 +660,9 @@ class SourceAttributor(RunReader):
         """Publish scores as a dataset repository, in one commit, with a card that explains every column.
 
         Its configs: `default` (rows, `source_row` and scores, one split per stage), `scores` (lists instead of many
-        columns), `top_influences` and `queries`. `hf_source.load_attribution(repo_id)` gives all of it back. Queries
-        are always published, with their texts; what a model generated may repeat rows it was trained on.
+        columns), `top_influences`, `queries` and `token_influences`. `hf_source.load_attribution(repo_id)` gives all
+        of it back. Queries are always published, with their texts; what a model generated may repeat rows it was
+        trained on.
 
         Args:
             repo_id: `"user/name"`; made if it does not exist. Of a card that is there, only `configs` and the section
@@ -670,6 +677,9 @@ class SourceAttributor(RunReader):
             source_datasets: id of the dataset on the Hub that the rows come from, or stage -> id. By default what the
                 datasets say themselves, which counts for `private` and the card, not for `include_rows`.
             max_columns: with more queries than this, scores are a list per row.
+            shaded: answers whose tokens are scored too, with those of their strongest rows, so that a report of what
+                is shared is shaded; the first ones, see `report`. By default what a report of these queries has
+                scored already goes along; 0 for none. Texts of rows only where the rows go along.
             token: what authenticates; default the one of `hf auth login`.
             revision: branch to push to; made if it does not exist.
             commit_message: of the commit.
@@ -694,6 +704,7 @@ class SourceAttributor(RunReader):
             private=private,
             source_datasets=source_datasets,
             max_columns=max_columns,
+            shaded=shaded,
             token=token,
             revision=revision,
             commit_message=commit_message,

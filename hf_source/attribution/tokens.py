@@ -62,6 +62,9 @@ class TokenInfluence:
     answers: dict[str, Tokens] = field(default_factory=dict)
     rows: dict[tuple[str, str, int], Tokens] = field(default_factory=dict)
 
+    def __bool__(self) -> bool:
+        return bool(self.answers or self.rows)
+
 
 class RowTokens:
     """The label tokens of some rows, in place of the rows: what a walk scores.

@@ -48,6 +48,10 @@ def push(
         typer.Option(help="Dataset on the Hub that the rows come from, as id or stage=id; repeatable."),
     ] = None,
     max_columns: Annotated[int, typer.Option(help="With more queries, scores are one list per row.")] = 100,
+    shaded: Annotated[
+        int,
+        typer.Option(help="Answers whose tokens are scored too, for shaded reports of what is shared; 0 for none."),
+    ] = 8,
     revision: Revision = None,
     commit_message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload attribution",
 ) -> None:
@@ -66,6 +70,7 @@ def push(
         private=private,
         source_datasets=sources,
         max_columns=max_columns,
+        shaded=shaded,
         revision=revision,
         commit_message=commit_message,
     )

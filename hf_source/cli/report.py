@@ -53,26 +53,29 @@ def report(
 
     Of saved scores it needs no model: give the folder that `save` wrote, or with --scores a dataset on the Hub.
     """
+    from ..attribution.tokens import TokenInfluence
+    from ..outputs.logged import log_attribution
+    from ..outputs.report import write_report
+
     if out.suffix != ".html":
         raise ConfigError(f"--out {out}: end the name in .html.")
     if scores or (Path(run).expanduser() / "attribution.json").is_file():
-        asking = {"--queries": asked.queries, "--prompt": asked.prompt, "--stage": stage, "--report-to": report_to}
-        _of_scores(run, out, title, column, asking)
+        asking = {"--queries": asked.queries, "--prompt": asked.prompt, "--stage": stage}
+        attribution = _scores(run, asking)
+        tokens = None if shaded else TokenInfluence()
+        write_report(out, attribution, columns=column, tokens=tokens, **({} if title is None else {"title": title}))
     else:
-        attributor = scoring.open_with(dataset, run, index=index)
-        attributor.report(out, asked.read(attributor), stage, k, title=title, columns=column, shaded=shaded)
-        if report_to:
-            from ..outputs.logged import log_attribution
-
-            log_attribution(attributor, report_to, output_dir=out.parent)
+        attribution = scoring.open_with(dataset, run, index=index)
+        attribution.report(out, asked.read(attribution), stage, k, title=title, columns=column, shaded=shaded)
+    if report_to:
+        log_attribution(attribution, report_to, output_dir=out.parent)
     typer.echo(f"Wrote {out}.")
 
 
-def _of_scores(run: str, out: Path, title: str | None, columns: list[str] | None, given: dict[str, Any]) -> None:
+def _scores(run: str, given: dict[str, Any]) -> Any:
+    from .. import load_attribution
+
     for option, value in given.items():
         if value:
             raise ConfigError(f"{option} asks the model, but {run} holds scores: give the training record instead.")
-    from .. import load_attribution
-    from ..outputs.report import write_report
-
-    write_report(out, load_attribution(run), columns=columns, **({} if title is None else {"title": title}))
+    return load_attribution(run)

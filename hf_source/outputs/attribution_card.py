@@ -52,18 +52,19 @@ def code(value: Any) -> str:
     return re.sub(r"[^\w.\- ]", "", str(value))
 
 
-def configs(splits: Mapping[str, str], listed: bool) -> list[dict[str, Any]]:
+def configs(splits: Mapping[str, str], listed: bool, tokens: bool = False) -> list[dict[str, Any]]:
     """The `configs:` of the card's header.
 
     Args:
         splits: stage -> split.
         listed: scores are lists, in a config of their own.
+        tokens: the influence of tokens is there.
     """
     stages = lambda folder: [{"split": name, "path": f"{folder}/{name}-*.parquet"} for name in splits.values()]  # noqa: E731
     found = [{"config_name": "default", "default": True, "data_files": stages("data")}]
     if listed:
         found.append({"config_name": "scores", "data_files": stages("scores")})
-    for name in ("top_influences", "queries"):
+    for name in ("top_influences", "queries", *(["token_influences"] if tokens else [])):
         files_of_it = [{"split": "train", "path": f"{name}/train-*.parquet"}]
         found.append({"config_name": name, "data_files": files_of_it})
     return found
@@ -92,7 +93,11 @@ def attribution_card(content: Mapping[str, Any], repo_id: str | None, old: str |
     header: dict[str, Any] = {
         "license": "unknown",
         "tags": ["hf_source", "training-data-attribution", "influence-functions", "interpretability"],
-        "configs": configs({stage["name"]: stage["split"] for stage in content["stages"]}, content["listed"]),
+        "configs": configs(
+            {stage["name"]: stage["split"] for stage in content["stages"]},
+            content["listed"],
+            content["num_shaded"] > 0,
+        ),
     }
     if sources := _unique(stage["source"] for stage in content["stages"]):
         header["source_datasets"] = sources

@@ -15,7 +15,7 @@
 
 It is a folder, or a dataset repository on the Hub, of Parquet files with a card, and one JSON file that says how the
 scores came about. Its configs are `default` (rows and scores, one split per stage), `scores` (one list per row, where
-queries are many), `top_influences` and `queries`.
+queries are many), `top_influences`, `queries` and, where tokens were scored too, `token_influences`.
 """
 
 import json
@@ -29,16 +29,18 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from ..attribution.queries import Queries
+from ..attribution.tokens import TokenInfluence
 from ..data import ROW
 from ..errors import DataError
 from ..hub import CARD_FILE, dataset_snapshot
 from .attribution_card import attribution_card
 from .attribution_tables import SCORES, aligned, read_parquet, score_array, split_names, write_parquet
 from .columns import column_name, with_note
+from .shading import read_tokens, token_table
 
 
 MANIFEST = "attribution.json"
-FOLDERS = ("data", "scores", "top_influences", "queries")
+FOLDERS = ("data", "scores", "top_influences", "queries", "token_influences")
 _VERSION = 1
 _TEXTS = ("name", "prompt", "completion")
 _OF_A_ROW = "row_"  # before the columns of queries that are rows, which may have a `prompt` of their own
@@ -57,6 +59,7 @@ class Attribution:
         note: on what assumption the scores rest; empty if on none.
         trust: what was measured of scores of these settings on this run; empty if nothing was.
         about: record, unit, versions, and a description of each stage; JSON-able.
+        tokens: influence by token, of the answers and of their strongest rows, where it was computed.
     """
 
     queries: Queries
@@ -66,6 +69,7 @@ class Attribution:
     note: str = ""
     trust: str = ""
     about: dict[str, Any] = field(default_factory=dict)
+    tokens: TokenInfluence = field(default_factory=TokenInfluence)
 
     def scores(self, stage: str | None = None) -> np.ndarray:
         """Scores of a stage: float32 `[queries, rows]`, in the order of its dataset.
@@ -120,9 +124,12 @@ def save_attribution(
     columns = _write_stages(attribution, folder, splits)
     write_parquet(_with_texts(attribution.top, attribution.queries), folder / "top_influences", "train")
     write_parquet(_query_table(attribution.queries), folder / "queries", "train")
+    if attribution.tokens:
+        write_parquet(token_table(attribution.tokens), folder / "token_influences", "train")
     content = {
         "schema_version": _VERSION,
         "are_rows": attribution.queries.are_rows,
+        "tokens": bool(attribution.tokens),
         "settings": attribution.settings,
         "note": attribution.note,
         "trust": attribution.trust,
@@ -179,6 +186,7 @@ def _card_content(attribution: Attribution, splits: Mapping[str, str]) -> dict[s
         "withheld": [stage["name"] for stage in stages if not stage["texts"]],
         "k": about["k"],
         "num_top": len(attribution.top),
+        "num_shaded": len(attribution.tokens.answers) + len(attribution.tokens.rows),
         "note": attribution.note,
         "trust": attribution.trust,
         "record": about["record"],
@@ -204,16 +212,17 @@ def load_attribution(path: str | Path, *, revision: str | None = None, token: st
         parts = [(str(stage["name"]), str(stage["split"]), stage["columns"]) for stage in content["stages"]]
         settings, about = dict(content["settings"]), dict(content["about"])
         note, trust, are_rows = str(content["note"]), str(content["trust"]), bool(content["are_rows"])
-        listed = about["layout"] == "list"
+        listed, has_tokens = about["layout"] == "list", bool(content.get("tokens"))
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder / MANIFEST} is damaged ({error!r}): copy the whole repository again.") from error
     stages = {name: _read_stage(folder, split, columns, listed) for name, split, columns in parts}
     top = read_parquet(folder / "top_influences", "train").remove_columns(["prompt", "completion"])
     queries = _read_queries(read_parquet(folder / "queries", "train"), are_rows)
+    tokens = read_tokens(read_parquet(folder / "token_influences", "train")) if has_tokens else TokenInfluence()
     said = "\n".join(part for part in (note, trust) if part)
     for dataset in (top, *stages.values()):
         with_note(dataset, said)
-    return Attribution(queries, stages, top, settings, note, trust, about)
+    return Attribution(queries, stages, top, settings, note, trust, about, tokens)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

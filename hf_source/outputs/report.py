@@ -14,7 +14,7 @@
 """A report: one HTML file that says which rows made the model say it, how much of it, and how far to trust that.
 
 It is made of an `Attribution`, so that scores which were saved or shared give the same report without the model; an
-attributor adds what only the model can tell, the influence of single tokens.
+attributor adds what only the model can tell, the influence of single tokens, which can be saved along.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..attribution.queries import Queries
-from ..attribution.tokens import TokenInfluence, TokenWalk
-from ..errors import ConfigError, DataError, UnsupportedError
+from ..attribution.tokens import TokenInfluence
+from ..errors import DataError
 from .attribution_files import Attribution
 from .groups import Group, column_groups, group_of, grouping_columns
 from .histogram import histogram
@@ -51,7 +51,7 @@ def write_report(
     columns: Iterable[str] | None = None,
     tokens: TokenInfluence | None = None,
     std: Mapping[tuple[str, str, int], float] | None = None,
-    remark: str = "",
+    remark: str | None = None,
 ) -> Path:
     """Write a report of scores as one HTML file that needs nothing else.
 
@@ -60,9 +60,9 @@ def write_report(
         attribution: from `load_attribution`, or of an attributor (`SourceAttributor.report`).
         title: heading.
         columns: of the datasets, whose values make groups; by default those that look like labels or sources.
-        tokens: influence by token, for shading.
+        tokens: influence by token, for shading; by default what the attribution has.
         std: `(query, stage, row)` -> how far an ensemble's members differ.
-        remark: shown at the end.
+        remark: shown at the end; by default what the attribution says of its tokens.
 
     Returns:
         The path.
@@ -85,8 +85,8 @@ def write_report(
             name: _figures(attribution, {stage: found[place] for stage, found in scores.items()}, name, unit, columns)
             for place, name in enumerate(attribution.queries.names)
         },
-        tokens=tokens or TokenInfluence(),
-        remark=remark,
+        tokens=attribution.tokens if tokens is None else tokens,
+        remark=attribution.about.get("remark", "") if remark is None else remark,
         std=std or {},
     )
     return write_page(
@@ -114,28 +114,11 @@ def report_of(
     """Attribute, and write the report. See `SourceAttributor.report`."""
     from .sharing import collect
 
-    if shaded < 0:
-        raise ConfigError(f"shaded={shaded}: give the number of answers whose tokens are shaded, or 0 for none.")
-    asked = queries if queries is not None else (attributor.attributed or (None,))[0]
-    along, remark = None, ""
-    if shaded and asked is not None:
-        try:
-            along = TokenWalk(attributor, asked, shaded)
-        except UnsupportedError as error:
-            remark = str(error)
-        else:
-            if along.takes_rows_along and not attributor.is_followed(asked):  # else tokens take a walk of their own
-                attributor.follow(along.queries, along.scores())
-            if len(along.cut) < len(asked):
-                remark = f"Tokens of the first {len(along.cut)} answers are shaded (`shaded=`, `memory_budget=`)."
-    attribution = collect(attributor, queries, stages, k)
-    tokens = None if along is None else along.influence(attribution.top)
+    attribution = collect(attributor, queries, stages, k, shaded=shaded)
     if not attributor.accelerator.is_main_process:
         return Path(path)
     given = {} if title is None else {"title": title}
-    return write_report(
-        path, attribution, columns=columns, tokens=tokens, std=_spread(attributor, attribution), remark=remark, **given
-    )
+    return write_report(path, attribution, columns=columns, std=_spread(attributor, attribution), **given)
 
 
 def _spread(attributor: "SourceAttributor", attribution: Attribution) -> dict[tuple[str, str, int], float]:

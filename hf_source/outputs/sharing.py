@@ -29,6 +29,7 @@ from ..recording import StageRecord
 from ..recording.digest import record_digest
 from .attribution_files import FOLDERS, MANIFEST, Attribution, save_attribution
 from .attribution_tables import check_columns, stage_table
+from .shading import Shading
 
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def collect(
     texts: Iterable[str] | None = None,
     sources: Mapping[str, str] | None = None,
     max_columns: int = MAX_COLUMNS,
+    shaded: int | None = None,
 ) -> Attribution:
     """Scores, strongest rows and settings of an attributor, as one object.
 
@@ -60,6 +62,8 @@ def collect(
         texts: stages whose rows go along; all by default. Of the others row numbers do.
         sources: stage -> id of its dataset on the Hub, for the card.
         max_columns: see `MAX_COLUMNS`.
+        shaded: answers whose tokens are scored, with those of their strongest rows; `None` for what a report of these
+            queries has scored.
 
     Raises:
         ConfigError: if nothing was attributed and no queries are given, or k is below 1.
@@ -74,6 +78,7 @@ def collect(
         given = attributor.rows(attributor.record.stage(name)).given
         if name in texts:
             check_columns(given, queries.names, max_columns)
+    shading = Shading(attributor, queries, shaded)
     found = {}
     for name in reversed(names):  # the walk goes backwards
         rows = attributor.rows(attributor.record.stage(name))
@@ -81,6 +86,7 @@ def collect(
         scores = attributor.scores(attributor.datasets.get(name), queries, name)
         found[name] = stage_table(given, rows.numbers, scores, queries.names, max_columns)
     top = attributor.top(queries, k, stages=names)
+    tokens = shading.of(top, texts)
     if texts != set(names):
         shown = [text if stage in texts else None for stage, text in zip(top["stage"], top["text"], strict=True)]
         top = top.remove_columns("text").add_column("text", shown, feature=top.features["text"])
@@ -102,7 +108,9 @@ def collect(
             "stages": {
                 name: _about(attributor.record.stage(name), name in texts, (sources or {}).get(name)) for name in names
             },
+            "remark": shading.remark,
         },
+        tokens,
     )
 
 
@@ -171,6 +179,7 @@ def push_attribution(
     private: bool | None,
     source_datasets: str | Mapping[str, str] | None,
     max_columns: int,
+    shaded: int | None,
     **commit_settings: Any,
 ) -> str:
     """Publish. See `SourceAttributor.push_to_hub`, which has the defaults, and `commit` for its settings."""
@@ -198,7 +207,7 @@ def push_attribution(
     try:
         if private:
             refuse_public(repo_id, "dataset", token)
-        given = {"texts": texts, "sources": sources, "max_columns": max_columns}
+        given = {"texts": texts, "sources": sources, "max_columns": max_columns, "shaded": shaded}
         attribution = collect(attributor, queries, names, k, **given)
         if not attributor.accelerator.is_main_process:
             return ""

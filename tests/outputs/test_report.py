@@ -94,21 +94,26 @@ def test_tokens_are_shaded(written):
 
 
 def test_saved_scores_give_the_same_report_without_the_model(written, attributor, queries, tmp_path):
+    """Shaded too: what the report scored of tokens goes along."""
     attributor.save(tmp_path / "saved", queries, k=2)
     found = load_attribution(tmp_path / "saved")
-    plain = texts(write_report(tmp_path / "plain.html", found))
+    again = write_report(tmp_path / "again.html", found).read_text(encoding="utf-8")
+    assert again == written.read_text(encoding="utf-8") and 'class="t u9"' in again
     own = texts(attributor.report(tmp_path / "own.html", queries, k=2, shaded=0))
-    assert plain == own
-    assert "∎" not in plain and "Lima" in plain
-    result = CliRunner().invoke(app, ["report", str(tmp_path / "saved"), "-o", str(tmp_path / "cli.html")])
-    assert result.exit_code == 0 and texts(tmp_path / "cli.html") == own
+    assert "∎" not in own and "Lima" in own
+    for more, expected in (((), texts(written)), (("--shaded", "0"), own)):
+        result = CliRunner().invoke(app, ["report", str(tmp_path / "saved"), "-o", str(tmp_path / "cli.html"), *more])
+        assert result.exit_code == 0 and texts(tmp_path / "cli.html") == expected
     refused = CliRunner().invoke(app, ["report", str(tmp_path / "saved"), "-p", "x"])
     assert refused.exit_code == 1 and "give the training record instead" in refused.stderr
 
 
 def test_rows_that_are_withheld(attributor, queries, tmp_path):
-    attributor.save(tmp_path / "saved", queries, include_rows=False)
-    said = texts(write_report(tmp_path / "plain.html", load_attribution(tmp_path / "saved")))
+    """Nor are their tokens there; those of the answer are, which was asked for."""
+    attributor.save(tmp_path / "saved", queries, include_rows=False, shaded=2)
+    found = load_attribution(tmp_path / "saved")
+    assert found.tokens.rows == {} and list(found.tokens.answers) == queries.names
+    said = texts(write_report(tmp_path / "plain.html", found))
     assert "its text is not kept with these scores" in said and "Fiji" not in said
 
 

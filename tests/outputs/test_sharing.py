@@ -25,6 +25,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
 from typer.testing import CliRunner
 
 from hf_source import Queries, SourceAttributor, load_attribution, save_attribution
+from hf_source.attribution.tokens import token_influence
 from hf_source.cli import app
 from hf_source.errors import ConfigError, DataError
 from hf_source.outputs.attribution_card import BEGIN, END, markdown
@@ -148,6 +149,61 @@ def test_configs_of_a_folder(story, queries, tmp_path):
     asked = load_dataset(str(folder), "queries", split="train")
     assert asked["name"][:] == queries.names and asked["input_ids"][:] == [r["input_ids"] for r in
                                                                           attributor.encode(queries).rows]  # fmt: skip
+
+
+def test_tokens_are_saved_and_pushed(hub, attributor, queries, tmp_path):
+    """As they were scored; without a word only those that a report has scored, and none of other queries."""
+    settings = {"num_samples": 8, "progress": False}
+    fresh = SourceAttributor.from_record(attributor.record.path, **settings)
+    assert not load_attribution(fresh.save(tmp_path / "plain", queries, k=2)).tokens
+    assert not (tmp_path / "plain" / "token_influences").exists()
+    folder = fresh.save(tmp_path / "shaded", queries, k=2, shaded=1)
+    found = load_attribution(folder)
+    expected = token_influence(fresh, queries.select([0]), fresh.top(queries, k=2))
+    assert list(found.tokens.answers) == ["lima"] and found.tokens.rows.keys() == expected.rows.keys()
+    for own, other in ((found.tokens.answers, expected.answers), (found.tokens.rows, expected.rows)):
+        for key, tokens in other.items():
+            assert [text for text, _ in own[key]] == [text for text, _ in tokens]
+            for (_, one), (_, two) in zip(own[key], tokens, strict=True):
+                assert one == two is None or one == pytest.approx(two, rel=1e-3, abs=1e-6)
+    assert "Tokens of the first 1 answers" in found.about["remark"]
+    table = load_dataset(str(folder), "token_influences", split="train")
+    assert table.column_names == ["query", "stage", "row", "pieces", "influence"]
+    assert "`token_influences` | `train`" in (folder / "README.md").read_text()
+    for row in found.top:  # the tokens of a row add up to its score
+        if row["query"] == "lima":
+            tokens = found.tokens.rows["lima", row["stage"], row["row"]]
+            assert sum(score or 0 for _, score in tokens) == pytest.approx(row["score"], rel=1e-2, abs=1e-4)
+    fresh.push_to_hub(REPO, queries, k=2, include_rows=True, token=TOKEN)  # what was scored before goes along
+    assert load_attribution(REPO, token=TOKEN).tokens == found.tokens
+    fresh.push_to_hub(REPO, queries, k=2, include_rows=True, shaded=0, token=TOKEN)
+    assert not load_attribution(REPO, token=TOKEN).tokens
+    assert not any(name.startswith("token_influences") for name in pushed(hub))
+    other = Queries.from_text(["Q Fiji? A"], [" Suva"])
+    fresh.push_to_hub(REPO, other, include_rows=True, token=TOKEN)
+    assert not load_attribution(REPO, token=TOKEN).tokens
+    with pytest.raises(ConfigError, match="shaded=-1"):
+        fresh.save(tmp_path / "none", queries, shaded=-1)
+
+
+def test_tokens_of_rows_that_are_not_published_are_not_either(hub, attributor, queries):
+    public(hub, "me/facts")
+    fresh = SourceAttributor.from_record(attributor.record.path, num_samples=8, progress=False)
+    fresh.push_to_hub(REPO, queries, k=2, shaded=2, source_datasets={"pretrain": "me/facts"}, token=TOKEN)
+    found = load_attribution(REPO, token=TOKEN).tokens
+    assert {stage for _, stage, _ in found.rows} == {"pretrain"} and len(found.answers) == 2
+
+
+def test_tokens_that_are_damaged(story, queries, tmp_path):
+    attributor = SourceAttributor.from_record(story.path, num_samples=8, progress=False)
+    folder = attributor.save(tmp_path / "f", queries, ["sft"], k=1, shaded=1)
+    (file,) = (folder / "token_influences").glob("*.parquet")
+    Dataset.from_dict({"query": ["lima"], "stage": ["sft"], "row": [0]}).to_parquet(str(file))
+    with pytest.raises(DataError, match="The influence of tokens is damaged"):
+        load_attribution(folder)
+    file.unlink()
+    with pytest.raises(DataError, match="0 of 1 files"):
+        load_attribution(folder)
 
 
 def test_many_queries_are_one_list_per_row(hub, story, tmp_path):
@@ -529,7 +585,7 @@ def test_the_command(hub, story, queries, tmp_path, monkeypatch):
          "--max-columns", 0)  # fmt: skip
     assert not hub.repositories["datasets/me/open"]["private"] and load_attribution("me/open").listed
     call(story.path, "me/third", "-p", "Peru:", "-c", " Lima", "--method", "bm25", "--public", "--no-include-rows",
-         "--source-dataset", "sft=me/facts")  # fmt: skip
+         "--source-dataset", "sft=me/facts", "--shaded", 0)  # fmt: skip
     assert not hub.repositories["datasets/me/third"]["private"]
     assert load_attribution("me/third").stages["sft"].column_names == ["source_row", "source_q0"]
     assert "write it as stage=value" in call(*common, "--dataset", "facts.jsonl", code=1)
