@@ -19,7 +19,7 @@ from datasets import Dataset, DatasetDict
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from hf_source import Queries, SourceAttributor, SourceTrainer, TrainingRecord
-from hf_source.errors import ConfigError, DataError, RecordError
+from hf_source.errors import ConfigError, DataError, RecordError, UnsupportedError
 from hf_source.evaluation import evaluate
 
 from .cases import byte_tokenizer, config, tiny_gpt2, train
@@ -174,3 +174,17 @@ def test_one_stage_needs_no_list(story, tmp_path):
     asked.save(tmp_path / "shared", ASKED, "sft")
     names = {path.name.split("-")[0] for path in (tmp_path / "shared").rglob("*.parquet")}
     assert "sft" in names and "pretrain" not in names
+
+
+def test_a_curvature_of_numbers_beyond_any_solver(tmp_path, monkeypatch):
+    """As of weights that a training left at a million; which ones a solver fails on is up to the machine."""
+    train(tmp_path, tiny_gpt2())
+    attributor = SourceAttributor.from_record(tmp_path / "record", num_samples=8, progress=False)
+    queries = Queries.from_dataset(Dataset.from_dict({"input_ids": [[1, 2, 3]], "labels": [[-100, 2, 3]]}))
+
+    def fail(matrix):
+        raise torch.linalg.LinAlgError("failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    with pytest.raises(UnsupportedError, match="failed to converge.*training diverged: look at its loss"):
+        attributor.scores(None, queries)

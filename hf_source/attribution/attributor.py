@@ -461,7 +461,13 @@ class SourceAttributor(RunReader):
             self.follow(queries, in_chunks(self, queries, METHODS[self.method]))
         found = self._walked[key]
         while stage.name not in found:
-            done, scores = next(self._walks[key])
+            try:
+                done, scores = next(self._walks[key])
+            except torch.linalg.LinAlgError as error:
+                raise UnsupportedError(
+                    f"A curvature has no eigenvalues in numbers ({error}), as where a training diverged: look at its "
+                    "loss, and lower its learning rate."
+                ) from error
             if self.accelerator.num_processes > 1:
                 scores = self.accelerator.reduce(torch.as_tensor(scores, device=self.device)).cpu().numpy()
             if not np.isfinite(scores).all():

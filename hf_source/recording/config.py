@@ -122,7 +122,8 @@ class SourceConfig(TrainingArguments):
             Name of this stage. Stages are appended to the record in the order in which they train.
         num_segments (`int`, defaults to 3):
             Number of segments that the stage is cut into, with equal shares of the summed learning rate. Inside one
-            segment, weights and preconditioner are represented by their averages.
+            segment, weights and preconditioner are represented by their averages. A stage of fewer steps has a segment
+            per step.
         segment_boundaries (`list`, *optional*):
             Own cuts instead of equal shares: optimizer steps at which a new segment starts (`[100, 200]`), or shares
             of the summed learning rate (`[0.5, 0.8]`). Overrides `num_segments`.

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers.trainer_utils import has_length
 
-from ..errors import RecordError, UnsupportedError
+from ..errors import ConfigError, RecordError, UnsupportedError
 from ..logs import get_logger
 from .checkpoints import check_history
 from .checks import refuse_moving_momentum
@@ -225,6 +225,8 @@ def _plan_segments(
 ) -> tuple[list[int], list[int]]:
     """First steps of the segments, and the steps of checkpoints inside them."""
     num_steps = trainer.state.max_steps
+    if num_steps < 1:
+        raise ConfigError("The training makes no optimizer step: set max_steps or num_train_epochs above 0.")
     groups = [g for g, group in enumerate(description.groups) if group.parameters]
     rates = scheduled_learning_rates(trainer.lr_scheduler, num_steps, groups)
     if rates is None:
@@ -232,7 +234,12 @@ def _plan_segments(
             f"The learning rates of {type(trainer.lr_scheduler).__name__} are not known ahead, so segments hold equal "
             "numbers of steps instead of equal sums of learning rates. Set segment_boundaries to choose yourself."
         )
-    starts = plan_segments(num_steps, rates, options.num_segments, options.segment_boundaries)
+    if options.segment_boundaries is None and options.num_segments > num_steps:
+        logger.warning(
+            f"The stage has {num_steps} optimizer step(s), so each is a segment; num_segments={options.num_segments} "
+            "needs more."
+        )
+    starts = plan_segments(num_steps, rates, min(options.num_segments, num_steps), options.segment_boundaries)
     return starts, plan_checkpoints(num_steps, rates, starts, options.checkpoints_per_segment)
 
 

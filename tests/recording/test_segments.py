@@ -101,11 +101,24 @@ def test_own_boundaries_reach_the_record(tmp_path):
     assert [(s.first_step, s.end_step) for s in record.stage().segments] == [(0, 2), (2, 8), (8, 9)]
 
 
-def test_too_many_segments_stop_the_run_before_its_first_step(tmp_path):
+def test_a_short_stage_has_a_segment_per_step(tmp_path, caplog):
+    _, record = train(tmp_path, tiny_llama(), max_steps=2)
+    assert [(s.first_step, s.end_step) for s in record.stage().segments] == [(0, 1), (1, 2)]
+    assert "2 optimizer step(s), so each is a segment; num_segments=3 needs more" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"segment_boundaries": [step / 10 for step in range(1, 10)]}, "10 segments do not fit into 9"),
+        ({"num_train_epochs": 0}, "makes no optimizer step: set max_steps or num_train_epochs"),
+    ],
+)
+def test_impossible_segments_stop_the_run_before_its_first_step(tmp_path, settings, complaint):
     model = tiny_llama()
     before = model.lm_head.weight.detach().clone()
-    with pytest.raises(ConfigError, match="10 segments do not fit into 9"):
-        train(tmp_path, model, num_segments=10)
+    with pytest.raises(ConfigError, match=complaint):
+        train(tmp_path, model, **settings)
     assert torch.equal(before, model.lm_head.weight)
     assert not (tmp_path / "record").exists()
 
