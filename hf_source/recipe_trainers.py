@@ -23,7 +23,8 @@ from .errors import ConfigError
 
 TRAINERS = ("causal", "sft", "dpo", "classification")
 """`causal` (the default) takes `text`, or `prompt` and `completion`; `sft` what TRL's SFTTrainer takes, chats too;
-`dpo` what TRL's DPOTrainer takes (`prompt`, `chosen`, `rejected`); `classification` `text` and `label`."""
+`dpo` what TRL's DPOTrainer takes (`prompt`, `chosen`, `rejected`); `classification` `text`, `label` and, for pairs of
+texts, `text_pair`."""
 
 
 def kind_of(recipe: Mapping[str, Any]) -> str:
@@ -79,5 +80,9 @@ def count_labels(rows: Any) -> int:
 
 def labelled_rows(rows: Any, tokenizer: Any, max_length: int | None) -> Any:
     """Tokenised rows with all their columns, the `label` among them."""
-    encode = lambda batch: tokenizer(batch["text"], truncation=max_length is not None, max_length=max_length)  # noqa: E731
+    columns = [name for name in ("text", "text_pair") if name in rows.column_names]
+
+    def encode(batch: Mapping[str, list]) -> Mapping[str, list]:
+        return tokenizer(*(batch[name] for name in columns), truncation=max_length is not None, max_length=max_length)
+
     return rows.map(encode, batched=True, desc="Tokenizing rows")

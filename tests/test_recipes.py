@@ -15,24 +15,30 @@
 
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
+import PIL.Image
 import pytest
+import torch
 import yaml
-from datasets import Dataset, load_dataset
-from transformers import AutoTokenizer
+from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
+from transformers import AutoTokenizer, BertConfig, BertModel
 from typer.testing import CliRunner
 
 from hf_source import TrainingRecord
 from hf_source.cli import app
+from hf_source.cli.groups import Asked
 from hf_source.demo import STAGES, build_model, load_facts, pretrain_rows, queries, sft_rows
 from hf_source.demo.facts import preference_rows
 from hf_source.errors import ConfigError
-from hf_source.recipes import load_model, load_rows, read_recipe, trainer_of
+from hf_source.recipes import load_model, load_rows, read_recipe, read_settings, trainer_of
 
 from .cases import byte_tokenizer, tiny_gpt2, tiny_llama
 
@@ -225,7 +231,7 @@ def test_the_readme_of_the_paper(folder):
     lines = ["", " = Title = \n", "", " The game takes place in a town . \n"] * 12
     stand_in(tiny_gpt2(vocab_size=260, n_positions=64), byte_tokenizer(), Dataset.from_dict({"text": lines}))
     text = (RECIPES / "paper" / "README.md").read_text(encoding="utf-8")
-    prepared = [shlex.split(line) for line in text.splitlines() if line.startswith("python recipes/paper/")]
+    prepared = scripts("paper", "prepare_wikitext.py")
     assert [words[2] for words in prepared] == ["runs/paper/wikitext.jsonl", "runs/paper/wikitext_test.jsonl"]
     here = ["--dataset", "rows.jsonl", "--tokenizer", "stand-in", "--length", "24"]
     for words in prepared:
@@ -234,21 +240,112 @@ def test_the_readme_of_the_paper(folder):
     whole = byte_tokenizer()("".join(lines))["input_ids"]
     assert sum(rows["input_ids"], []) == whole[: len(whole) // 24 * 24] and {len(r) for r in rows["input_ids"]} == {24}
     few = ["--num-samples", "8"]
-    follow("paper", {"train": ["model=stand-in", *FEWER["train"]], "plan": few, "top": few})
+    follow("paper", {"train": ["model=stand-in", *FEWER["train"]], "plan": few, "top": few}, slice(0, 3))
     assert Path("runs/paper/wikitext.html").is_file()
     assert TrainingRecord.load("runs/paper/wikitext").stages[0].num_rows == len(rows)
     for name in re.findall(r"bench_paper.py ([\w -]+)", text):
         assert all(f'"{part}":' in BENCHMARK_DATA.read_text(encoding="utf-8") for part in name.split())
 
 
+def scripts(story: str, name: str) -> list[list[str]]:
+    """The commands of a recipe's README that run a script of its folder, as words."""
+    text = (RECIPES / story / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    start = f"python recipes/{story}/{name}"
+    return [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith(start)]
+
+
+def test_the_readme_of_rte(folder):
+    """Pairs of sentences for a classifier, and test rows as queries."""
+    said = [(f"It rains in {place}.", f"{place} is {what}.") for place in ("Lima", "Rome") for what in ("wet", "dry")]
+    rows = [{"sentence1": one, "sentence2": two, "label": int("wet" in two)} for one, two in said] * 3
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    model = BertModel(BertConfig(**sizes, vocab_size=260, max_position_embeddings=128))
+    stand_in(model, byte_tokenizer(), Dataset.from_list(rows))
+    for words in scripts("paper", "prepare_rte.py"):
+        subprocess.run([sys.executable, *words[1:], "--dataset", "rows.jsonl"], check=True, capture_output=True)
+    done = commands("paper")[3:]
+    assert [words[0] for words in done] == ["train", "top"]
+    run(*done[0], "model=stand-in", "training.checkpoints_per_segment=0", *FEWER["train"])
+    record = TrainingRecord.load("runs/paper/rte")
+    given = record.stages[0].rows()[0]["input_ids"]
+    assert byte_tokenizer().decode(given) == "".join(said[0])
+    shown = run(*done[1], *FEWER["top"])
+    assert "It rains in Lima. / Lima is wet." in " ".join(shown.split())
+
+
+def test_labelled_queries_need_a_classifier(tmp_path):
+    Dataset.from_list([{"text": "x", "label": 1}]).to_json(tmp_path / "asked.jsonl")
+    stage = SimpleNamespace(name="sft", loss={"kind": "causal_lm"})
+    attributor = SimpleNamespace(record=SimpleNamespace(stages=[stage]))
+    with pytest.raises(ConfigError, match="are for classifiers; stage 'sft' trained none"):
+        Asked(tmp_path / "asked.jsonl").read(attributor)
+
+
+@pytest.fixture
+def pictures(folder):
+    """Images of three sizes of a square, of two kinds, with the columns that the Hub's copies have."""
+    made = []
+    for number in range(36):
+        size, domain = number % 3, ("photo", "art_painting", "cartoon", "sketch")[number % 4]
+        pixels = np.random.default_rng(number).integers(0, 60, (9, 9, 3)).astype(np.uint8)
+        pixels[: 3 * size + 2, : 3 * size + 2] = 220
+        made.append({"image": PIL.Image.fromarray(pixels), "label": size, "domain": domain})
+    features = Features({"image": Image(), "label": ClassLabel(num_classes=3), "domain": Value("string")})
+    Dataset.from_list(made, features=features).to_parquet("pictures.parquet")
+    return ["data.path=parquet", "data.data_files=pictures.parquet", "data.split=train", "data.image=image"]
+
+
+def test_the_readme_of_the_papers_images_and_tables(folder, pictures, monkeypatch):
+    """Every `task.py` command, with stand-ins for the data and a smaller network and run."""
+    table = np.random.default_rng(0).normal(size=(30, 4))
+    table[:, 3] += table[:, 0]
+    Path("runs/paper").mkdir(parents=True)
+    names = ["subject#", "motor_UPDRS", "jitter", "total_UPDRS"]
+    Dataset.from_dict(dict(zip(names, table.T.tolist(), strict=True))).to_csv("runs/paper/parkinsons_updrs.data")
+    every = ["training.num_train_epochs=2", "training.use_cpu=true", "training.disable_tqdm=true",
+             "training.per_device_train_batch_size=8", "training.warmup_steps=0", "attribution.num_samples=8",
+             "training.learning_rate=0.01", "training.checkpoints_per_segment=0"]  # fmt: skip
+    small = {
+        "parkinsons": ["network.hidden=[4]", "stages.train.rows=20", "queries.skip=20", "queries.rows=3"],
+        "mnist": [*pictures, "network.hidden=[4]", "data.size=6", "stages.train.split=train", "stages.train.rows=20"],
+        "rotated_mnist": [*pictures, "network.hidden=[4]", "data.size=6", "stages.upright.rows=12",
+                          "stages.turned.skip=12", "stages.turned.rows=12"],
+        "cifar10": [*pictures, "network.width=2", "data.size=8", "stages.train.rows=20"],
+        "pacs": [*pictures, "network.width=2", "data.size=8", "stages.sketches.skip=3", "queries.rows=3"],
+    }  # fmt: skip
+    asked = ["queries.split=train", "queries.skip=30", "queries.rows=3"]
+    done = scripts("paper", "task.py")
+    assert {Path(words[2]).stem for words in done} == set(small) and len(done) == 6
+    monkeypatch.syspath_prepend(str(RECIPES / "paper"))
+    for words in done:
+        name = Path(words[2]).stem
+        more = [*small[name], *every, *(asked if name in ("mnist", "rotated_mnist", "cifar10") else [])]
+        words = ["3" if word == "100" else "1" if word == "5" else word for word in words]
+        monkeypatch.setattr(sys, "argv", [*words[1:], *more])
+        runpy.run_path(words[1], run_name="__main__")
+        result = Path("runs/paper", name)
+        stages = list(read_settings(RECIPES / "paper" / f"{name}.yaml")["stages"])
+        record = TrainingRecord.load(result / "record")
+        assert [stage.name for stage in record.stages] == stages
+        top = Dataset.from_parquet(str(result / "top.parquet"))
+        assert set(top["stage"]) == set(stages) and len(set(top["query"])) == 3 and max(map(abs, top["score"])) > 0
+        assert (result / "report.html").is_file()
+        if "--evaluate" in words:
+            assert (result / "lds_train").is_dir()
+    turned = TrainingRecord.load("runs/paper/rotated_mnist/record").stage("turned")
+    assert turned.num_rows == 12
+    kinds = [TrainingRecord.load(f"runs/paper/{name}/record").stages[0].loss["kind"] for name in small]
+    assert kinds == ["regression", *["classification"] * 4]
+
+
 def test_the_readme_of_diffusion(folder):
-    text = (RECIPES / "diffusion" / "README.md").read_text(encoding="utf-8")
-    scripts = [shlex.split(line) for line in text.splitlines() if line.startswith("python recipes/diffusion/")]
-    assert len(scripts) == 2
+    done = scripts("diffusion", "digits.py")
+    assert len(done) == 2
     fewer = "--rows 20 --epochs 3 --drawings 2 --num_samples 8 --timesteps 10 --k 3".split()
-    for words in scripts:
-        done = subprocess.run([sys.executable, *words[1:], *fewer], capture_output=True, encoding="utf-8")
-        assert done.returncode == 0, done.stderr
+    for words in done:
+        ran = subprocess.run([sys.executable, *words[1:], *fewer], capture_output=True, encoding="utf-8")
+        assert ran.returncode == 0, ran.stderr
         folder = Path(words[words.index("--output_dir") + 1])
         assert (folder / "grid.png").read_bytes().startswith(b"\x89PNG")
         scored = load_dataset("parquet", data_files=str(folder / "scored.parquet"), split="train")

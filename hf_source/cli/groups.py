@@ -84,6 +84,8 @@ class Asked:
             queries = Queries.from_dataset(rows, attributor.processing_class)
             given = {"prompt", "completion"} <= set(rows.column_names)
             return Queries(queries.names, rows["prompt"][:], rows["completion"][:], queries.rows) if given else queries
+        if {"text", "label"} <= set(rows.column_names):
+            return _labelled_queries(attributor, rows)
         missing = {"prompt", "completion"} - set(rows.column_names)
         if missing:
             raise ConfigError(
@@ -91,6 +93,21 @@ class Asked:
             )
         names = rows["name"][:] if "name" in rows.column_names else None
         return Queries.from_text(rows["prompt"][:], rows["completion"][:], names)
+
+
+def _labelled_queries(attributor: "SourceAttributor", rows: Any) -> "Queries":
+    """Rows as `trainer: classification` takes them: what is asked is the loss, or measurement, of their label."""
+    from .. import Queries
+    from ..recipe_trainers import labelled_rows
+
+    stage = attributor.record.stages[-1]
+    if stage.loss["kind"] != "classification":
+        raise ConfigError(f"Queries with `text` and `label` are for classifiers; stage {stage.name!r} trained none.")
+    shown = [name for name in ("text", "text_pair") if name in rows.column_names]
+    prompts = [" / ".join(texts) for texts in zip(*(rows[name][:] for name in shown), strict=True)]
+    made = labelled_rows(rows, attributor.processing_class, stage.dataset.get("max_length")).remove_columns(shown)
+    asked = Queries.from_rows(made)
+    return Queries(asked.names, prompts, [str(label) for label in rows["label"][:]], asked.rows, are_rows=True)
 
 
 @dataclass

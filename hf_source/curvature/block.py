@@ -29,6 +29,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .eigen import eigh
 from .preconditioner import Diagonal, Preconditioner
 
 
@@ -137,7 +138,7 @@ def eigenvectors(moment: torch.Tensor | None) -> torch.Tensor | None:
                 return vectors
     symmetric = moment.double()
     symmetric = (symmetric + symmetric.T) / 2
-    return torch.linalg.eigh(symmetric).eigenvectors.to(moment.dtype)
+    return eigh(symmetric)[1].to(moment.dtype)
 
 
 def fit_block(

@@ -17,6 +17,8 @@ from collections.abc import Callable
 
 import torch
 
+from .eigen import eigh
+
 
 _CHUNK = 4096  # rows taken to float64 at once
 
@@ -38,7 +40,7 @@ class GramSpectrum:
             gram = factors.double() @ factors.double().T
         else:
             gram = sum(part.double().T @ part.double() for part in factors.split(_CHUNK))
-        values, self._vectors = torch.linalg.eigh(gram)
+        values, self._vectors = eigh(gram)
         # What is rounding of the features is no direction of theirs.
         cut = values.max().clamp_min(0) * max(factors.shape) * torch.finfo(factors.dtype).eps
         self.values = torch.where(values > cut, values, 0)

@@ -42,6 +42,7 @@ from ..gradients.rows import as_rows
 from ..gradients.rules import Call, Rule
 from .block import fit_block_in_parts
 from .columns import Columns, column_bytes
+from .eigen import eigh
 from .factored import fit_factored, is_cheaper
 from .flow import Flow, decayed, forced, forced_integral, integral
 from .sample import FisherSample, combine
@@ -77,7 +78,7 @@ class SampleSpace:
             grams, projections = {mean: sum(grams.values())}, {mean: sum(projections.values())}
         bases, rates, start = [], [], []
         for rate, gram in grams.items():
-            values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+            values, vectors = eigh((gram + gram.T) / 2)
             keep = values > _RANK_TOLERANCE * values.max().clamp_min(torch.finfo(values.dtype).tiny)
             values, vectors = values[keep], vectors[:, keep]
             bases.append(vectors * values.sqrt())  # P^{1/2} S_l^T has the orthonormal basis S_l^T U E^{-1/2}
@@ -89,7 +90,7 @@ class SampleSpace:
             self.modes, self.response, self.start = joined.square().sum(dim=0) + rates[0], joined, start[0]
         else:
             generator = joined.T @ joined + torch.diag(torch.cat(rates))
-            self.modes, rotation = torch.linalg.eigh(generator)
+            self.modes, rotation = eigh(generator)
             self.response = joined @ rotation  # S P^{1/2} times the eigenmodes, (n, modes)
             self.start = rotation.T @ torch.cat(start)  # P^{1/2} q in the eigenmodes, (modes, vectors)
 

@@ -23,6 +23,8 @@ from functools import cached_property
 
 import torch
 
+from .eigen import eigh
+
 
 class Preconditioner(ABC):
     """`P` of one parameter; vectors are `[count, *parameter.shape]`."""
@@ -171,7 +173,7 @@ class OneSided(Preconditioner):
     def _roots(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`M^{1/2}` and `M^{-1/2}`, the latter 0 on what `M` does not move."""
         matrix = self.matrix.double()
-        values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+        values, vectors = eigh((matrix + matrix.T) / 2)
         moved = values > values.max() * len(values) * torch.finfo(self.matrix.dtype).eps
         roots = torch.where(moved, values, 0).sqrt()
         inverse = torch.where(moved, 1 / roots, 0)

@@ -21,6 +21,7 @@ import torch
 from ..errors import UnsupportedError
 from ..gradients.rows import as_rows
 from ..gradients.task import CausalLMTask, task_labels
+from .eigen import eigh
 from .flow import Flow, decayed, forced, integral
 from .sample import FisherSample
 
@@ -86,7 +87,7 @@ class ExactCurvature:
             return rows.new_zeros(len(rows), total).index_copy_(1, on.nonzero().flatten(), rows)
 
         generator = whitened(whitened(hessian).T)[on][:, on] + torch.diag(decay[on])
-        rates, modes = torch.linalg.eigh(generator)
+        rates, modes = eigh(generator)
         start = whitened(q)[:, on] @ modes
         carried = q * decayed(decay, flow.length)
         scoring = whitened(embedded((start * integral(rates, flow.length)) @ modes.T))

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..curvature.eigen import eigh
 from ..gradients import RowGradients, RowLossTask, task_labels
 from ..gradients.rows import as_rows
 
@@ -140,7 +141,7 @@ class SampledProducts(Products):
                 weighted = columns * (size.flatten() if size.dim() else size)
                 gram = gram + (weighted @ columns.T).double().cpu() * scale**2
         if gram.dim():
-            rates, modes = torch.linalg.eigh((gram + gram.T) / 2)
+            rates, modes = eigh((gram + gram.T) / 2)
             dots = modes @ (_damping(rates)[:, None] * (modes.T @ dots))
         found: Vectors = {}
         for name, columns in turn(gradients.parameters):
