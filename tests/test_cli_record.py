@@ -88,6 +88,13 @@ def test_verify_a_damaged_record(folder):
     assert out.count("problem:") == 2 and "final.safetensors is damaged" in out and "are as recorded" not in out
 
 
+def test_show_and_verify_a_torn_stage(folder):
+    (folder / "stages" / "1-sft" / "final.safetensors").unlink()
+    out = call("show", folder)
+    assert "sft is left out" in out and "final.safetensors is damaged: it is missing" in out and "pretrain" in out
+    assert call("verify", folder, code=1).count("problem:") == 1
+
+
 def test_verify_finds_what_hashes_do_not(folder):
     data = json.loads((folder / "record.json").read_text())
     data["stages"][0]["optimizer"]["groups"][0]["betas"] = [0.5, 0.999]

@@ -33,6 +33,8 @@ def print_record(console: Console, record: TrainingRecord) -> None:
     )
     _line(console, f"Format version {record.data['schema_version']}; {versions}")
     console.print(_stages(record))
+    for name, error in record.left_out.items():
+        _line(console, f"{name} is left out: {error}")
     for stage in record.stages:
         _line(console, f"{stage.name}: {_optimizer(stage)}; initial weights from {_origin(stage)}")
         if stage.data["visits"] != "recorded":

@@ -11,6 +11,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import json
+import re
 import shutil
 
 import numpy as np
@@ -28,8 +30,11 @@ from ..cases import byte_tokenizer, config, tiny_gpt2
 from ..story import CAPITALS, chats, facts
 
 
+FAST = {"num_samples": 16, "progress": False}
+
+
 def attributor(record, **settings):
-    return SourceAttributor.from_record(record.path, **{"num_samples": 16, "progress": False, **settings})
+    return SourceAttributor.from_record(record.path, **FAST | settings)
 
 
 @pytest.fixture(scope="module")
@@ -277,13 +282,39 @@ def test_missing_or_torn_record(story, tmp_path):
         SourceAttributor.from_record(tmp_path / "nowhere")
     copy = tmp_path / "copy"
     shutil.copytree(story.path, copy)
-    file = next(copy.glob("stages/*/segments/0/parameters.safetensors"))
+    file = next(copy.glob("stages/0-*/segments/0/parameters.safetensors"))
     file.write_bytes(file.read_bytes()[:-7])
     with pytest.raises(RecordError, match="parameters.safetensors is damaged.*Restore it"):
         SourceAttributor.from_record(copy)
     file.unlink()
     with pytest.raises(RecordError, match="it is missing"):
         SourceAttributor.from_record(copy)
+
+
+def test_stages_before_a_torn_or_unfinished_one_are_attributed(story, tmp_path, queries, caplog):
+    """The model is then that of the last whole stage, and everything made of it says so."""
+    shutil.copytree(story.path, tmp_path / "torn")
+    (tmp_path / "torn" / "stages" / "1-sft" / "final.safetensors").unlink()
+    shutil.copytree(story.path, tmp_path / "killed")
+    data = json.loads((tmp_path / "killed" / "record.json").read_text())
+    data["stages"][1]["status"] = "running"
+    (tmp_path / "killed" / "record.json").write_text(json.dumps(data))
+    alone = TrainingRecord(story.path, {**story.data, "stages": story.data["stages"][:1]})
+    expected = SourceAttributor(alone, **FAST).scores(None, queries)
+    for name, reason in (
+        ("torn", "final.safetensors is damaged: it is missing"),
+        ("killed", "Stage 'sft' of .* is not complete: training stopped after step 20. Continue it with"),
+    ):
+        caplog.clear()
+        found = SourceAttributor.from_record(tmp_path / name, **FAST)
+        assert re.search(f"The model is that of stage 'pretrain': sft left out. .*{reason}", found.note)
+        assert re.search(reason, caplog.text)
+        np.testing.assert_array_equal(found.scores(None, queries), expected)
+        assert found.note in found.top(queries).info.description
+        with pytest.raises(RecordError, match=reason):
+            found.scores(None, queries, "sft")
+    with pytest.raises(RecordError, match="is not complete"):  # who asks for the whole record is not given a part
+        SourceAttributor(TrainingRecord.load(tmp_path / "killed"), **FAST).scores(None, queries, "pretrain")
 
 
 def test_rows_that_are_nowhere_are_asked_for(tmp_path, queries):

@@ -255,7 +255,7 @@ def test_a_damaged_stage_can_be_trained_again(tmp_path):
     train(tmp_path, model, stage="second")
     (tmp_path / "record" / "stages" / "1-second" / "final.safetensors").unlink()
     with pytest.raises(RecordError, match="final.safetensors is damaged: it is missing.*overwrite_stage=True"):
-        TrainingRecord.load(tmp_path / "record")
+        TrainingRecord.load(tmp_path / "record").stage("second")
     train(tmp_path, tiny_gpt2(), stage="second", overwrite_stage=True)
     assert TrainingRecord.load(tmp_path / "record").verify() == []
 

@@ -14,6 +14,7 @@
 """Reading a record: what is there, and what is said when something is not."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -22,7 +23,7 @@ from cases import byte_tokenizer, distance, random_rows, tiny_gpt2, tiny_llama, 
 
 import hf_source
 from hf_source.data import ROW, content_fingerprint
-from hf_source.errors import RecordError, UnsupportedError
+from hf_source.errors import ConfigError, RecordError, UnsupportedError
 from hf_source.recording import TrainingRecord, canonical_name, replay
 
 
@@ -153,12 +154,37 @@ def test_every_missing_or_torn_file_is_named(folder):
         file, content = folder / name, (folder / name).read_bytes()
         file.write_bytes(content[: len(content) // 2])
         with pytest.raises(RecordError, match=f"{name} is damaged: it has .* bytes instead of .*Restore it"):
-            TrainingRecord.load(folder)
+            TrainingRecord.load(folder).require_complete()
         file.unlink()
         with pytest.raises(RecordError, match=f"{name} is damaged: it is missing"):
-            TrainingRecord.load(folder)
+            TrainingRecord.load(folder).require_complete()
         file.write_bytes(content)
     assert TrainingRecord.load(folder).verify() == []
+
+
+def test_stages_before_a_torn_one_can_be_used(folder, caplog):
+    """What is torn is named when the record is opened, asked for, and verified."""
+    file = folder / "stages" / "1-sft" / "final.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    record = TrainingRecord.load(folder)
+    assert [stage.name for stage in record.stages] == ["pretrain"] and list(record.left_out) == ["sft"]
+    said = r"1-sft/final.safetensors is damaged: it has .* bytes instead of"
+    assert re.search(said + ".* Stages before it can be used: pretrain.", caplog.text)
+    with pytest.raises(RecordError, match=said):
+        record.stage("sft")
+    assert len(record.verify()) == 1 and re.search(said, record.verify()[0])
+    assert record.stage("pretrain").build_model() is not None and record.usable().require_complete() is None
+    (folder / "stages" / "0-pretrain" / "final.safetensors").unlink()
+    with pytest.raises(RecordError, match="0-pretrain/final.safetensors is damaged: it is missing"):
+        TrainingRecord.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("path", "called"), [(None, "None"), (3, "a int"), ({"a": 1}, "a dict"), (["a", "b"], "a list")]
+)
+def test_what_is_no_path(path, called):
+    with pytest.raises(ConfigError, match=f"not by {called}: pass the `record_dir`"):
+        TrainingRecord.load(path)
 
 
 def test_changed_content_is_found_by_verify_and_by_reading_steps(folder):

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import RecordError
+from ...errors import ConfigError, RecordError
 from ...logs import get_logger
 from ..writer import RECORD_FILE, file_entry, read_record_json
 from .hub import download_record, looks_like_hub_id, push_record
@@ -37,6 +37,8 @@ class TrainingRecord:
         path: folder of the record.
         stages: list of `StageRecord`, in the order in which they trained.
         repo_id: of the Hub repository that it was loaded from, or `None`.
+        left_out: stage -> why it is not among `stages`: a file of it, or of a stage before it, is torn.
+        note: what `usable` says of stages that it left out; empty otherwise.
 
     Example:
         >>> record = TrainingRecord.load("runs/capitals")  # doctest: +SKIP
@@ -47,6 +49,8 @@ class TrainingRecord:
         self.path = path
         self.data = data
         self.repo_id: str | None = None
+        self.left_out: dict[str, RecordError] = {}
+        self.note = ""
         self.stages = [StageRecord(self, stage) for stage in data["stages"]]
 
     def __repr__(self) -> str:
@@ -56,21 +60,69 @@ class TrainingRecord:
     def load(cls, path: str | Path, revision: str | None = None, token: str | bool | None = None) -> "TrainingRecord":
         """Open a record; every file it lists must be there and whole in size (`verify` also compares hashes).
 
+        A later stage with a file that is missing or torn is left out with a warning, and so are those after it: what
+        trained before does not depend on them.
+
         Args:
             path: folder of the record, or id of a Hub repository that holds one.
             revision, token: branch, tag or commit on the Hub, and what authenticates there.
 
         Raises:
-            RecordError: if there is no record, a file is missing or torn, or another version wrote it.
+            ConfigError: if the path is no path.
+            RecordError: if there is no record, a file that every stage needs is missing or torn, or another version
+                wrote it.
         """
+        if not isinstance(path, (str, Path)):
+            raise ConfigError(
+                f"A record is opened by the path of its folder or its id on the Hub, not by {_described(path)}: pass "
+                "the `record_dir` of the training run (by default `<output_dir>/record`)."
+            )
         folder = Path(path).expanduser()
         repo_id = str(path) if not folder.exists() and looks_like_hub_id(str(path)) else None
         if repo_id is not None:
             folder = download_record(repo_id, revision, token)
         record = cls(folder, read_record_json(folder))
+        record._check_list(record.data.get("files", {}))
+        for index, stage in enumerate(record.stages):
+            try:
+                record._check_list(stage.data["files"])
+            except RecordError as error:
+                if not index:
+                    raise
+                record = record._until(index, error)
+                logger.warning(f"{error} Stages before it can be used: {', '.join(s.name for s in record.stages)}.")
+                break
         record.repo_id = repo_id
-        record.check_sizes()
         return record
+
+    def _until(self, index: int, error: RecordError) -> "TrainingRecord":
+        """The record without the stages from one on, which `error` is about."""
+        found = TrainingRecord(self.path, {**self.data, "stages": self.data["stages"][:index]})
+        found.repo_id = self.repo_id
+        found.left_out = {stage.name: error for stage in self.stages[index:]} | self.left_out
+        return found
+
+    def usable(self) -> "TrainingRecord":
+        """The stages that came to their end, up to the first that did not; `note` says what is left out, and why.
+
+        Raises:
+            RecordError: if not even the first did.
+        """
+        complete = next((i for i, stage in enumerate(self.stages) if stage.status != "complete"), len(self.stages))
+        if not complete:
+            self.require_complete()
+        found = self
+        if complete < len(self.stages):
+            try:
+                self.stages[complete].require_complete()
+            except RecordError as error:
+                found = self._until(complete, error)
+        if found.left_out:
+            reason = next(iter(found.left_out.values()))
+            found.note = (
+                f"The model is that of stage {found.stages[-1].name!r}: {', '.join(found.left_out)} left out. {reason}"
+            )
+        return found
 
     @classmethod
     def pull(
@@ -127,8 +179,11 @@ class TrainingRecord:
     def check_sizes(self) -> None:
         """Raise `RecordError` if any listed file is missing or not of its size."""
         for files in self._file_lists():
-            for name in files:
-                self.check_size(files, name)
+            self._check_list(files)
+
+    def _check_list(self, files: Mapping[str, dict]) -> None:
+        for name in files:
+            self.check_size(files, name)
 
     @classmethod
     def from_checkpoints(
@@ -192,24 +247,29 @@ class TrainingRecord:
         """The stage of a name; `None` for the only one.
 
         Raises:
-            RecordError: if there is no such stage, or several and no name; lists the names.
+            RecordError: if there is no such stage, or several and no name; lists the names. If the stage was left out,
+                why.
         """
         names = [stage.name for stage in self.stages]
         if name is None and len(self.stages) == 1:
             return self.stages[0]
+        if name in self.left_out:
+            raise self.left_out[name]
         if name not in names:
             said = "holds several stages" if name is None else f"has no stage {name!r}"
             raise RecordError(f"The record {self.path} {said}: choose `stage=` from {names}.")
         return self.stages[names.index(name)]
 
     def require_complete(self) -> None:
-        """Raise if there is no stage, or the training of one did not come to its end.
+        """Raise if there is no stage, or one is torn or did not come to its end, unless `usable` left it out.
 
         Raises:
             RecordError: naming the stage, and how to go on.
         """
         if not self.stages:
             raise RecordError(f"The record {self.path} holds no stage yet: train one with SourceTrainer.")
+        for error in () if self.note else self.left_out.values():
+            raise error
         for stage in self.stages:
             stage.require_complete()
 
@@ -247,7 +307,7 @@ class TrainingRecord:
         return [check_replay(stage, num_steps) for stage in self.stages]
 
     def _damages(self) -> list[str]:
-        problems = []
+        problems = list(dict.fromkeys(map(str, self.left_out.values())))
         for files in self._file_lists():
             for name in files:
                 try:
@@ -284,3 +344,7 @@ class TrainingRecord:
             f"{self.path / name} is damaged: {reason}. Restore it from a copy of the record, or train its stage again "
             "(overwrite_stage=True, or resume_from_checkpoint from a checkpoint of that run)."
         )
+
+
+def _described(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
