@@ -13,10 +13,12 @@
 # limitations under the License.
 """Figures and tables of attributions where a run's metrics are: TensorBoard, Weights & Biases, Trackio, ...
 
-They go through the callbacks that transformers has for `report_to`, which know how to reach each of these.
+They go through the callbacks that transformers has for `report_to`, which know how to reach each of these. Weights &
+Biases and Trackio have tables of their own; to the others a table is Markdown.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,21 +30,66 @@ from ..errors import ConfigError
 from .attribution_card import markdown
 from .attribution_files import Attribution
 from .groups import group_of
+from .tables import shown
 
 
 if TYPE_CHECKING:
     from ..attribution.attributor import SourceAttributor
 
+_LONGEST = 300  # characters of a row's text
+
+
+@dataclass(frozen=True)
+class RowTable:
+    """The strongest rows of an answer.
+
+    Attributes:
+        prompt, completion: what was asked.
+        rows: `(score, stage, row number, text)`, the text empty where it is not to be seen.
+        trust: how far to trust the scores.
+    """
+
+    prompt: str
+    completion: str
+    rows: tuple[tuple[float, str, int, str], ...]
+    trust: str
+
+    COLUMNS = ("score", "stage", "row", "text")
+
+    def markdown(self) -> str:
+        """Of which no text is taken for markup."""
+        lines = [f"{markdown(self.prompt, 500)} **{markdown(self.completion, 500)}**", ""]
+        lines += [f"| {' | '.join(self.COLUMNS)} |", "|---:|---|---:|---|"]
+        for score, stage, row, text in self.rows:
+            lines.append(f"| {score:+.4f} | {markdown(stage)} | {row} | {markdown(text, _LONGEST)} |")
+        return "\n".join([*lines, "", markdown(self.trust, 2000)]).strip()
+
+    def wandb(self) -> Any:
+        """A `wandb.Table`, which shows text as it is."""
+        import wandb
+
+        rows = [[score, shown(stage), row, shown(text)] for score, stage, row, text in self.rows]
+        return wandb.Table(columns=list(self.COLUMNS), data=rows)
+
+    def trackio(self) -> Any:
+        """A `trackio.Table`, which takes text for Markdown."""
+        import trackio
+
+        rows = [[score, markdown(stage), row, markdown(text, _LONGEST)] for score, stage, row, text in self.rows]
+        return trackio.Table(columns=list(self.COLUMNS), data=rows)
+
 
 def log_attribution(
     attribution: "Attribution | SourceAttributor",
-    report_to: str | TrainerCallback | Sequence[str | TrainerCallback] = "all",
+    report_to: str | TrainerCallback | Sequence[str | TrainerCallback],
     *,
     output_dir: str | Path = "out",
     step: int = 0,
     queries: Queries | None = None,
 ) -> dict[str, Any]:
     """Log what an attribution found: sums and largest scores of every stage, and a table of the strongest rows.
+
+    A run of Weights & Biases that is open is added to and left open; one that is begun for this is ended.
 
     Args:
         attribution: scores, or an attributor that has some.
@@ -62,14 +109,38 @@ def log_attribution(
         from .sharing import collect
 
         attribution = collect(attribution, queries)
-    logs = {**dict(_figures(attribution)), **dict(_tables(attribution))}
+    figures, tables = dict(_figures(attribution)), dict(_tables(attribution))
     args = _arguments(output_dir)
     state, control = TrainerState(global_step=step), TrainerControl()
     for callback in _callbacks(report_to):
+        with_tables = {**figures, **{name: _native(table, callback) for name, table in tables.items()}}
+        begun = _open_run(callback) is None
         callback.on_train_begin(args, state, control)
-        callback.on_log(args, state, control, logs=dict(logs))
+        callback.on_log(args, state, control, logs=with_tables)
         callback.on_train_end(args, state, control)
-    return logs
+        if begun and (run := _open_run(callback)) is not None:
+            run.finish()
+    return {**figures, **{name: table.markdown() for name, table in tables.items()}}
+
+
+def _native(table: RowTable, callback: TrainerCallback) -> Any:
+    """A table as the place it goes to has tables."""
+    from transformers.integrations import TrackioCallback, WandbCallback
+
+    if isinstance(callback, WandbCallback):
+        return table.wandb()
+    return table.trackio() if isinstance(callback, TrackioCallback) else table.markdown()
+
+
+def _open_run(callback: TrainerCallback) -> Any:
+    """The run of Weights & Biases that is open; Trackio's callback ends its own, and others have none."""
+    from transformers.integrations import WandbCallback
+
+    if not isinstance(callback, WandbCallback):
+        return None
+    import wandb
+
+    return wandb.run
 
 
 def _arguments(output_dir: str | Path) -> TrainingArguments:
@@ -115,13 +186,8 @@ def _figures(attribution: Attribution) -> Iterator[tuple[str, float]]:
             yield f"{start}/smallest", float(scores.min(initial=0.0))
 
 
-def _tables(attribution: Attribution) -> Iterator[tuple[str, str]]:
-    """A Markdown table for every answer, of which no text is taken for markup."""
+def _tables(attribution: Attribution) -> Iterator[tuple[str, RowTable]]:
     for name, prompt, completion in attribution.queries:
-        lines = [f"{markdown(prompt, 500)} **{markdown(completion, 500)}**", "", "| score | stage | row | text |"]
-        lines.append("|---:|---|---:|---|")
-        for row in attribution.top:
-            if row["query"] == name:
-                text = markdown(row["text"] or "", 300)
-                lines.append(f"| {row['score']:+.4f} | {markdown(row['stage'])} | {row['row']} | {text} |")
-        yield f"source/{name}/rows", "\n".join([*lines, "", markdown(attribution.trust or "", 2000)]).strip()
+        own = [row for row in attribution.top if row["query"] == name]
+        rows = tuple((row["score"], row["stage"], row["row"], row["text"] or "") for row in own)
+        yield f"source/{name}/rows", RowTable(prompt, completion, rows, attribution.trust or "")
