@@ -77,6 +77,7 @@ class Asked:
 
     def _from_file(self, attributor: "SourceAttributor") -> "Queries":
         from .. import Queries
+        from ..gradients.diffusion import IMAGES
         from ..recipes import load_rows
 
         rows = load_rows(self.queries)
@@ -84,6 +85,8 @@ class Asked:
             queries = Queries.from_dataset(rows, attributor.processing_class)
             given = {"prompt", "completion"} <= set(rows.column_names)
             return Queries(queries.names, rows["prompt"][:], rows["completion"][:], queries.rows) if given else queries
+        if IMAGES in rows.column_names:
+            return Queries.from_rows(rows)
         if {"text", "label"} <= set(rows.column_names):
             return _labelled_queries(attributor, rows)
         missing = {"prompt", "completion"} - set(rows.column_names)

@@ -26,7 +26,7 @@ from transformers import Trainer, TrainingArguments
 
 from ..data import IGNORE_INDEX, ROW
 from ..errors import UnsupportedError
-from ..gradients import task_for
+from ..gradients import DiffusionTask, task_for
 from ..gradients.selection import HEADS
 from ..recording import StageRecord
 from ..recording.optimizers import OptimizerDescription, build_optimizer
@@ -94,13 +94,17 @@ def rebuilt_trainer(
         parameter.requires_grad_(name in trained)
     optimizer = build_optimizer(OptimizerDescription.from_dict(stage.optimizer), trained)
     steps = stage.steps()
-    collator = collator_of(stage, task_for(stage) if stage.loss["kind"] in HEADS else None, data_collator)
+    task = task_for(stage) if stage.loss["kind"] in (*HEADS, "diffusion") else None
+    collator = collator_of(stage, task, data_collator)
     numbers = np.flatnonzero(keep)
     num_steps = stage.num_steps if seed is None else _num_steps(stage, len(numbers))
     scheduler = _RecordedRates(optimizer, steps.learning_rate, num_steps)
     accumulated = max(len(step) for step in steps.micro_batches)
     arguments = _arguments(stage, seed, output_dir, num_steps, accumulated if seed is None else None)
     kind, extra = (_SameOrder, {"stage": stage, "keep": keep}) if seed is None else (Trainer, {})
+    if isinstance(task, DiffusionTask):
+        kind = type(f"{kind.__name__}Denoising", (_Denoising, kind), {})
+        extra |= {"task": task.drawn_anew(seed), "epochs": steps.epoch if seed is None else None}
     return kind(
         model,
         arguments,
@@ -183,6 +187,31 @@ class _Chosen(torch.utils.data.Dataset):
 
 def _features(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key != ROW and not isinstance(value, str)}
+
+
+class _Denoising(Trainer):
+    """Trains a denoiser as `SourceDiffusionTrainer` does: each image at the timestep and noise of its epoch.
+
+    Args:
+        task: whose draws those are.
+        epochs: of every step, where the run takes recorded batches.
+    """
+
+    def __init__(self, *args: Any, task: DiffusionTask, epochs: np.ndarray | None, **kwargs: Any) -> None:
+        self._task, self._epochs = task, epochs
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Mean squared error of a micro-batch."""
+        epoch = self.state.epoch or 0 if self._epochs is None else self._epochs[self.state.global_step]
+        loss, outputs = self._task.mean_loss(model, inputs, int(epoch))
+        return (loss, {"predictions": outputs}) if return_outputs else loss
 
 
 class _SameOrder(Trainer):

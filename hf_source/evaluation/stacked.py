@@ -13,6 +13,7 @@
 # limitations under the License.
 """Retraining many copies at once, from the record alone: for models small enough that a step is mostly overhead."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from ..attribution.changed import replaced
 from ..attribution.queries import Queries
 from ..data import IGNORE_INDEX
 from ..errors import ConfigError, DataError, UnsupportedError
-from ..gradients import CausalLMTask, RowLossTask, Seq2SeqTask, Task, task_for
+from ..gradients import CausalLMTask, DiffusionTask, RowLossTask, Seq2SeqTask, Task, task_for
 from ..logs import get_logger
 from ..recording import StageRecord, TrainingRecord
 from ..recording.reading.assumed import require_recorded_visits
@@ -38,6 +39,24 @@ from .retraining import losses_of, retrain
 
 
 logger = get_logger(__name__)
+
+
+@contextlib.contextmanager
+def _stackable() -> Iterator[None]:
+    """Say what to do about a model with an operation of which torch has no stacked form.
+
+    Raises:
+        UnsupportedError: naming it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+        raise UnsupportedError(
+            f"Copies of this model cannot be trained at once (torch: {str(error).splitlines()[0]}). Train one after "
+            "another: `retraining=TrainerRetraining(record, queries)`, or --retraining trainer."
+        ) from error
 
 
 class StackedRetraining:
@@ -179,7 +198,9 @@ class StackedRetraining:
         with bar:
             for start in starts:
                 copies = list(range(start, min(start + self.chunk, len(keep))))
-                yield copies, self._losses(keep[copies], seed)
+                with _stackable():
+                    losses = self._losses(keep[copies], seed)
+                yield copies, losses
                 bar.update(len(copies))
 
     def _losses(self, keep: np.ndarray, seed: int | None) -> np.ndarray:
@@ -192,6 +213,8 @@ class StackedRetraining:
             rows = self._rows[stage.name]
             task = self.tasks[stage.name]
             masks = keep if stage is self.stage else np.ones((copies, stage.num_rows), dtype=bool)
+            if isinstance(task, DiffusionTask) and stage is self.stage:
+                task = task.drawn_anew(seed)
             if seed is not None and stage is self.stage:
                 stage = reordered(stage, rows.numbers, rows.counts(task.count_items), rows.counts(_labels), seed)
             options = {"task": task, "dtype": self.dtype, "data_collator": self.data_collator}

@@ -119,6 +119,16 @@ class DiffusionTask(HeadTask):
         """The task of queries."""
         return DiffusionTask(**self._settings, asks=True)
 
+    def drawn_anew(self, seed: int | None) -> "DiffusionTask":
+        """The task of another run, with draws of its own; of the same run, for `None`."""
+        return self if seed is None else DiffusionTask(**{**self._settings, "seed": seed})
+
+    def mean_loss(self, model: torch.nn.Module, batch: Batch, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What training minimises for a batch in an epoch, and the predictions."""
+        self.at_epochs((epoch,))
+        outputs = self.forward(model, batch)
+        return self.row_losses(outputs, self.labels(batch)).mean(), outputs
+
     def at_epochs(self, epochs: Sequence[int]) -> None:
         """Take the draws of some epochs: at most `draws` of them, spread evenly."""
         if self.asks:

@@ -27,6 +27,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ..attribution.queries import Queries
 from ..attribution.tokens import TokenInfluence, Tokens
 from .groups import Group
+from .pictures import Pictures
 
 
 SHOWN_OPEN = 3
@@ -76,6 +77,7 @@ class Details:
         tokens: influence by token, where it was computed.
         remark: why it was not.
         std: `(query, stage, row)` -> how far the members of an ensemble differ.
+        pictures: images of queries and rows, where they are images.
     """
 
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -85,6 +87,7 @@ class Details:
     tokens: TokenInfluence = field(default_factory=TokenInfluence)
     remark: str = ""
     std: Mapping[tuple[str, str, int], float] = field(default_factory=dict)
+    pictures: Pictures = field(default_factory=Pictures)
 
 
 def write_page(
@@ -165,6 +168,7 @@ def _answers(queries: Queries, top: Dataset, marked: Mapping[tuple, str], detail
             "largest": 0.0,
             "tokens": shaded(details.tokens.answers.get(name, [])),
             "figures": details.answers.get(name, AnswerFigures()),
+            "picture": details.pictures.queries.get(name, ""),
         }
         for name, prompt, completion in queries
     }
@@ -177,6 +181,7 @@ def _answers(queries: Queries, top: Dataset, marked: Mapping[tuple, str], detail
         tokens = shaded(details.tokens.rows.get(key, []))
         more = {"note": marked.get(key, ""), "std": details.std.get(key), "tokens": tokens}
         more["excerpt"] = _excerpt(row["text"] or "", tokens)
+        more["picture"] = details.pictures.rows.get((row["stage"], row["row"]), "")
         stage["supporting" if row["rank"] > 0 else "opposing"].append({**row, **more})
     for answer in answers.values():
         answer["largest"] = answer["largest"] or 1.0

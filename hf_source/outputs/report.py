@@ -31,6 +31,7 @@ from .attribution_files import Attribution
 from .groups import Group, column_groups, group_of, grouping_columns
 from .histogram import histogram
 from .page import AnswerFigures, Details, write_page
+from .pictures import pictures_of
 
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def write_report(
         tokens=attribution.tokens if tokens is None else tokens,
         remark=attribution.about.get("remark", "") if remark is None else remark,
         std=std or {},
+        pictures=pictures_of(attribution),
     )
     return write_page(
         path,

@@ -84,7 +84,5 @@ class SourceDiffusionTrainer(SourceTrainer):
         if IMAGES not in inputs:
             raise DataError(f"A batch holds no `{IMAGES}`: give the dataset that column, `[channels, height, width]`.")
         inputs = {key: value for key, value in inputs.items() if key != ROW}
-        self._task.at_epochs((int(self.state.epoch or 0),))
-        outputs = self._task.forward(model, inputs)
-        loss = self._task.row_losses(outputs, self._task.labels(inputs)).mean()
+        loss, outputs = self._task.mean_loss(model, inputs, int(self.state.epoch or 0))
         return (loss, {"predictions": outputs}) if return_outputs else loss

@@ -16,8 +16,7 @@
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
-from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, UNet2DModel
 from scipy.stats import spearmanr
 from torch import nn
 
@@ -28,37 +27,7 @@ from hf_source.gradients.diffusion import visit_draw
 from hf_source.recording import replay
 
 from ..cases import config, distance, tiny_gpt2, train
-
-
-SCHEDULER = DDPMScheduler(num_train_timesteps=50)
-
-
-class Denoiser(nn.Module):
-    """Two convolutions that are told the timestep as a channel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.last = nn.Conv2d(2, 6, 3, padding=1), nn.Conv2d(6, 1, 3, padding=1)
-
-    def forward(self, sample, timestep):
-        time = (timestep / 50).to(sample)[:, None, None, None].expand_as(sample)
-        return self.last(torch.tanh(self.first(torch.cat([sample, time], dim=1))))
-
-
-def unet() -> UNet2DModel:
-    torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
-    sizes = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 2, "attention_head_dim": 4}
-    return UNet2DModel(sample_size=4, in_channels=1, out_channels=1, **sizes, **blocks)
-
-
-def images(count: int = 10) -> Dataset:
-    """Two kinds of stripes, with noise."""
-    generator = np.random.default_rng(0)
-    stripes = np.zeros((count, 1, 4, 4), dtype=np.float32)
-    stripes[::2, :, ::2], stripes[1::2, :, :, ::2] = 1, 1
-    return Dataset.from_dict({"pixel_values": (stripes + 0.2 * generator.standard_normal(stripes.shape)).tolist()})
+from ..denoisers import SCHEDULER, Denoiser, images, unet
 
 
 def record_run(folder, model: nn.Module, scheduler=SCHEDULER, **settings):

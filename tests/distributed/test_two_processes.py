@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from cases import distance, random_rows, tiny_gpt2
+from denoisers import Denoiser, images
 
 from hf_source.recording import TrainingRecord, replay
 
@@ -31,11 +32,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:Fu
 
 
 ROWS = {"uneven": random_rows(22), "drop_last": random_rows(22), "dispatched": even_rows(22)}
+ROWS |= {"diffusion": images(24)}
 ROWS |= {"packed": None, "stream": None, "stream_read_by_all": None, "stream_in_shards": None}  # those in the record
-MODELS = {"tied": tiny_gpt2, "mean_loss": mean_loss_llama}
+MODELS = {"tied": tiny_gpt2, "mean_loss": mean_loss_llama, "diffusion": lambda: Denoiser().double()}
+NOT_IN_THE_RECORD = ("mean_loss", "diffusion")  # models that it cannot rebuild
 
 RECORDED = ("run", "tied", "local_counts", "mean_loss", "sgd_on_cpu", "uneven", "drop_last", "dispatched", "split")
-RECORDED += ("by_length", "lora", "best", "packed", "resumed", "resumed_as_two")
+RECORDED += ("by_length", "lora", "best", "packed", "diffusion", "resumed", "resumed_as_two")
 RECORDED += ("stream", "stream_read_by_all", "stream_in_shards")
 SHARDED = ("fsdp", "fsdp_tied", "fsdp_odd", "fsdp_lora", "fsdp_best", "fsdp_resumed", "fsdp_resumed_sharded")
 ROUNDING = {"packed": 1e-5}  # TRL takes logarithms in float32, and Adam magnifies that where gradients are near 0
@@ -99,7 +102,7 @@ def test_the_record_of_two_processes_replays(two, case):
     assert record.verify() == []
     stage = record.stages[-1]
     assert stage.training["num_processes"] == (1 if case == "resumed_as_two" else 2)  # as it was started
-    model = MODELS[case]() if case == "mean_loss" else None
+    model = MODELS[case]() if case in NOT_IN_THE_RECORD else None
     again = replay(stage, ROWS.get(case, random_rows(24)), model=model)
     final = stage.weights("final")
     moved = distance(stage.weights("initial"), final)
@@ -158,6 +161,15 @@ def test_means_over_the_micro_batch_stay_apart(two):
     for step in batches(two / "mean_loss"):
         assert [len(batch.rows) for batch in step] == [2, 2, 2, 2]
         assert all(batch.normalizer == batch.items * 2 * 2 for batch in step)
+
+
+def test_images_draw_the_same_noise_in_two_processes(two, tmp_path):
+    """The record keeps the processes' micro-batches apart, as it does means; the run is that of one process."""
+    CASES["diffusion"](tmp_path)
+    one, both = (TrainingRecord.load(folder / "record").stage() for folder in (tmp_path, two / "diffusion"))
+    rows = [[[row for batch in step for row in batch.rows] for step in s.steps().micro_batches] for s in (one, both)]
+    assert rows[0] == rows[1]
+    assert_close(one.weights("final"), both.weights("final"), 1e-12)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ Each process notes how a case ended in `FOLDER/<case>/ended-<process>.json`: one
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 
@@ -29,10 +30,11 @@ import torch  # noqa: E402
 from accelerate import DistributedType, PartialState  # noqa: E402
 from cases import config, random_rows, tiny_gpt2, tiny_llama  # noqa: E402
 from datasets import Dataset  # noqa: E402
+from denoisers import SCHEDULER, Denoiser, images  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
-from hf_source import Queries, SourceAttributor, SourceTrainer, TrainingRecord  # noqa: E402
+from hf_source import Queries, SourceAttributor, SourceDiffusionTrainer, SourceTrainer, TrainingRecord  # noqa: E402
 
 
 RANK = int(os.environ.get("RANK", 0))
@@ -187,6 +189,12 @@ def packed(folder):
     texts = [f"row {index} says {index * 7}" for index in range(40)]
     more = {"per_device_train_batch_size": 4 // WORLD, "gradient_accumulation_steps": 1, "packing": True}
     sft(folder, Dataset.from_dict({"text": texts}), num_train_epochs=1, max_grad_norm=0.5, **more)
+
+
+def diffusion(folder):
+    """Each process draws the noise of its own images."""
+    kind = partial(SourceDiffusionTrainer, noise_scheduler=SCHEDULER)
+    run(folder, Denoiser().double(), images(24), trainer=kind)
 
 
 SAVES = {"save_strategy": "steps", "save_steps": 2}
@@ -349,7 +357,7 @@ CASES = {
     case.__name__: case
     for case in (run, tied, local_counts, mean_loss, sgd_on_cpu, uneven, drop_last, dispatched, split, by_length)
     + (stream, stream_read_by_all, stream_in_shards, stream_shuffled)
-    + (lora, best, packed, killed, resumed, scores)
+    + (lora, best, packed, diffusion, killed, resumed, scores)
     + (fsdp, fsdp_tied, fsdp_odd, fsdp_lora, fsdp_best, fsdp_resumed, fsdp_resumed_sharded, fsdp_again)
     + (fsdp_adafactor,)
     + (other_rows, one_refuses, disk_is_full, uneven_batches, on_signal, finds_batch_size, exists)
