@@ -17,8 +17,8 @@ The runs of `bench_lm_lds.py` (`wiki`, `facts`: GPT-2 of 108 k parameters, 512 r
 random removals of 2 %) are made once, recorded, and exported as what other packages read: Hugging Face checkpoints
 with their `optimizer.pt`, rows and queries as token ids, the learning rate of every step. Every method then runs by
 itself in a process of its own, on one thread, and gives scores `[queries, rows]`; the linear datamodelling score (LDS)
-of all of them is taken on the same retrainings. `large` (GPT-2 of 10 M parameters, 2,048 rows of 64 tokens, 8 queries)
-has no retrainings: it compares the cost only.
+of all of them is taken on the same retrainings. `large` (GPT-2 of 10 M parameters, 768 rows of 64 tokens, each
+seen once, 8 queries) has no retrainings: it compares the cost only.
 
 The other packages want an environment of their own (they are only called, nothing of them is in this repository):
 
@@ -78,6 +78,8 @@ from hf_source.evaluation import removal_masks
 
 HERE = Path(__file__).parent
 NUM_CHECKPOINTS = 6
+LARGE_ROWS = 768
+LARGE = {**SHORT, "max_steps": LARGE_ROWS // BATCH_SIZE}
 COMMANDS = "\n".join(line for line in __doc__.splitlines() if line.startswith("    "))
 INSTALL = f"""The other packages are missing. They want an environment of their own:
 {COMMANDS}
@@ -111,6 +113,8 @@ LINES = [
     Line("hf_source", "source ekfac", "record", large=True),
     Line("hf_source", "source ekfac-hybrid", "record"),
     Line("hf_source", "source joint", "record", large=True),
+    Line("hf_source", "source joint, n=256", "record", large=True),
+    Line("hf_source", "source joint, n=128", "record", large=True),
     Line("hf_source", "source joint, n=2048", "record"),
     Line("hf_source", "fast-source", "record", large=True),
     Line("hf_source", "stepwise, 4 draws", "record", large=True),
@@ -163,8 +167,8 @@ def large_run(folder: Path, callbacks: list[TrainerCallback]) -> tuple[TrainingR
     tokenizer = train_tokenizer(summaries[:3000], 2048)
     encoded = prepare_rows(Dataset.from_dict({"text": summaries}), tokenizer, 64)
     full = [i for i, ids in enumerate(encoded["input_ids"]) if len(ids) == 64]
-    if len(full) < 2056:
-        raise SystemExit(f"Only {len(full)} summaries fill 64 tokens; 2,056 are needed.")
+    if len(full) < LARGE_ROWS + 8:
+        raise SystemExit(f"Only {len(full)} summaries fill 64 tokens; {LARGE_ROWS + 8} are needed.")
     config = GPT2Config(
         n_layer=6, n_embd=352, n_head=8, vocab_size=len(tokenizer), n_positions=1024, resid_pdrop=0.0, embd_pdrop=0.0,
         attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, pad_token_id=1,
@@ -172,12 +176,12 @@ def large_run(folder: Path, callbacks: list[TrainerCallback]) -> tuple[TrainingR
     torch.manual_seed(0)
     args = SourceConfig(
         output_dir=str(folder / "out"), record_dir=str(folder / "large-3"), num_segments=3, weight_decay=0.01,
-        per_device_train_batch_size=BATCH_SIZE, max_length=64, **SHORT, **QUIET,
+        per_device_train_batch_size=BATCH_SIZE, max_length=64, **LARGE, **QUIET,
     )  # fmt: skip
-    rows = Dataset.from_dict({"text": [summaries[i] for i in full[:2048]]})
+    rows = Dataset.from_dict({"text": [summaries[i] for i in full[:LARGE_ROWS]]})
     model = GPT2LMHeadModel(config)
     SourceTrainer(model, args, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks).train()
-    chosen = [summaries[i] for i in full[2048:2056]]
+    chosen = [summaries[i] for i in full[LARGE_ROWS : LARGE_ROWS + 8]]
     return TrainingRecord.load(args.record_dir), Queries.from_text(
         [t[:60] for t in chosen], [t[60:200] for t in chosen]
     )
@@ -185,7 +189,7 @@ def large_run(folder: Path, callbacks: list[TrainerCallback]) -> tuple[TrainingR
 
 def recorded(kind: str, folder: Path) -> tuple[TrainingRecord, Queries]:
     """Train once, with checkpoints on the way; queries as token rows."""
-    callbacks = [SaveAt(checkpoint_steps(SHORT["max_steps"]))]
+    callbacks = [SaveAt(checkpoint_steps((LARGE if kind == "large" else SHORT)["max_steps"]))]
     if kind == "large":
         record, queries = large_run(folder, callbacks)
     else:

@@ -50,11 +50,13 @@ def parse_bytes(size: int | str | None) -> int:
     return number
 
 
-def queries_at_once(budget: int | None, num_parameters: int, element_size: int, num_queries: int) -> int:
-    """Queries whose vectors (two each) fit the budget; all without one, and never less than one."""
+def queries_at_once(
+    budget: int | None, num_parameters: int, element_size: int, num_queries: int, each: int = 2
+) -> int:
+    """Queries whose vectors fit the budget: two each, or one where none are carried on. All without a budget."""
     if budget is None:
         return num_queries
-    return int(min(num_queries, max(1, budget // (2 * num_parameters * element_size))))
+    return int(min(num_queries, max(1, budget // (each * num_parameters * element_size))))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

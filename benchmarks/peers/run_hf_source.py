@@ -35,6 +35,8 @@ METHODS = {
     "source ekfac": {"curvature": "ekfac"},
     "source ekfac-hybrid": {"curvature": "ekfac-hybrid"},
     "source joint": {},
+    "source joint, n=256": {"num_samples": 256},
+    "source joint, n=128": {"num_samples": 128},
     "source joint, n=2048": {"num_samples": 2048},
     "fast-source": {"method": "fast-source"},
     "stepwise, 4 draws": {"method": "stepwise", "draws": 4},

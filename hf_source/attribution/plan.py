@@ -27,6 +27,7 @@ from ..gradients import RowGradients
 from ..recording import StageRecord
 from ..source import score_rows, wanted_parameters
 from .cost import JointCost
+from .methods.base import vectors_each
 from .methods.projected import ProjectedOptions
 from .queries import Queries
 
@@ -328,7 +329,8 @@ def _memory(
         memory["sample columns"] = min(sum(columns), max(attributor.memory_budget, max(columns)))
         memory["sample space"] = 4 * 8 * attributor.num_samples**2
         if attributor.method in ("source", "fast-source"):
-            at_once = queries_at_once(attributor.query_budget, sum(sizes), element, num_queries)
+            each = vectors_each(attributor)
+            at_once = queries_at_once(attributor.query_budget, sum(sizes), element, num_queries, each)
             segments = sum(len(stage.segments) for stage in attributor.record.stages)
             # For scoring and for the segments before; parts of the largest parameter's are turned at a time.
             memory["query vectors"] = (2 if segments > 1 else 1) * at_once * total + 3 * max(

@@ -23,7 +23,7 @@ matrices (Shampoo: Gupta et al. 2018, arXiv 1802.09568), exact for a vector; `kf
 a module's inputs and output gradients (Martens & Grosse 2015, arXiv 1503.05671; Grosse et al. 2023, arXiv 2308.03296).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -37,6 +37,9 @@ MAX_FULL_SIDE = 4096
 """Largest side of a parameter that gets a full basis; a longer one (a vocabulary) stays diagonal."""
 
 _LARGE_SIDE = 512
+
+_NEGLIGIBLE = 100
+"""Times the rounding of the data type."""
 
 
 @dataclass
@@ -62,10 +65,40 @@ class Block:
 
     def apply(self, vectors: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """`P^{-1/2} function(A) P^{1/2}` on `[vectors, *parameter.shape]`; entries with `P = 0` stay as they are."""
-        change = rotate(as_matrices(self.preconditioner.root(vectors)), self.left, self.right)
-        change.mul_(function(self.eigenvalues) - 1)
-        change = unrotate(change, self.left, self.right).reshape(vectors.shape)
-        return vectors + self.preconditioner.inverse_root(change)
+        return self.apply_all(vectors, [function])[0]
+
+    def apply_all(
+        self, vectors: torch.Tensor, functions: Sequence[Callable[[torch.Tensor], torch.Tensor]]
+    ) -> list[torch.Tensor]:
+        """The same for several functions, turning the vectors into the block's basis once.
+
+        Directions of a basis along which no function differs from 1 by more than rounding of sums like these
+        (`_NEGLIGIBLE`) stay as they are, and are not turned: of large blocks that are most.
+        """
+        changes = [function(self.eigenvalues) - 1 for function in functions]
+        left, right = self.left, self.right
+        if left is not None or right is not None:
+            moved = sum(change.abs() > _NEGLIGIBLE * torch.finfo(change.dtype).eps for change in changes) > 0
+            rows = _some(moved.any(dim=1), left)
+            columns = _some(moved.any(dim=0), right)
+            if (rows is not None and not len(rows)) or (columns is not None and not len(columns)):
+                return [vectors.clone() for _ in functions]
+            if rows is not None:
+                left, changes = left[:, rows], [change[rows] for change in changes]
+            if columns is not None:
+                right, changes = right[:, columns], [change[:, columns] for change in changes]
+        turned = rotate(as_matrices(self.preconditioner.root(vectors)), left, right)
+        result = []
+        for number, change in enumerate(changes):
+            own = turned.mul_(change) if number == len(changes) - 1 else turned * change
+            back = unrotate(own, left, right).reshape(vectors.shape)
+            result.append(self.preconditioner.inverse_root(back).add_(vectors))
+        return result
+
+
+def _some(moved: torch.Tensor, basis: torch.Tensor | None) -> torch.Tensor | None:
+    """Numbers of the directions of a basis that move; `None` if it is no basis, or all do."""
+    return None if basis is None or moved.all() else moved.nonzero()[:, 0]
 
 
 def as_matrices(vectors: torch.Tensor) -> torch.Tensor:
@@ -169,13 +202,24 @@ def fit_block_in_parts(
     """
     if isinstance(preconditioner, torch.Tensor):
         preconditioner = Diagonal(preconditioner)
+    return fit_whitened(lambda: map(preconditioner.root, parts()), shape, preconditioner, diagonal_left)
+
+
+def fit_whitened(
+    parts: Callable[[], Iterable[torch.Tensor]],
+    shape: torch.Size,
+    preconditioner: Preconditioner,
+    diagonal_left: bool = False,
+) -> Block:
+    """The same from samples that are whitened already, `P^{1/2} g`; they are left unchanged."""
     moments = GradientMoments(shape, diagonal_left)
-    eigenvalues, kept = None, None
-    for part in parts():
-        kept = as_matrices(preconditioner.root(part)) if kept is None else ()  # of one part, once is enough
-        moments.add(kept if len(kept) else as_matrices(preconditioner.root(part)))
+    eigenvalues, first, number = None, None, 0
+    for number, part in enumerate(parts(), start=1):
+        first = part if number == 1 else None  # of one part, once is enough
+        moments.add(as_matrices(part))
     left, right = moments.bases()
-    for matrices in [kept] if len(kept) else (as_matrices(preconditioner.root(part)) for part in parts()):
-        own = rotate(matrices, left, right).square_().sum(dim=0)
+    for part in [first] if number == 1 else parts():
+        turned = rotate(as_matrices(part), left, right)
+        own = (turned.square() if left is None and right is None else turned.square_()).sum(dim=0)
         eigenvalues = own if eigenvalues is None else eigenvalues.add_(own)
     return Block(left, right, eigenvalues, preconditioner)

@@ -19,12 +19,13 @@ time: the products are a third of the pass that gave them, which is not made aga
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
-from ..gradients.contraction import FACTORED, pieces
-from ..gradients.rules import Call, Rule
+from ..gradients.contraction import FACTORED, add_piece, pieces
+from ..gradients.rules import Call, Rule, embedding_weight
 
 
 @dataclass
@@ -62,12 +63,19 @@ class Columns:
         return self.like.shape
 
     def add(self, samples: slice, rule: Rule, call: Call) -> None:
-        """A call of a pass over some samples; it is kept factored if that takes less."""
+        """A call of a pass over some samples; it is kept factored if that takes less and none was added up before."""
         count = samples.stop - samples.start
-        if rule in FACTORED and _num_bytes(call) < count * self.like.numel() * self.like.element_size():
+        if (
+            self.dense is None
+            and rule in FACTORED
+            and _num_bytes(call) < count * self.like.numel() * self.like.element_size()
+        ):
             self.parts.append(Part(samples, rule, call))
             return
         target = self._held()[samples]
+        if rule in FACTORED:
+            add_piece(rule, call, count, slice(0, len(self.like)), self.scale, target)
+            return
         for part, grads in pieces(rule, call, count):
             own = target[:, part] if target.dim() > 1 else target
             own.add_(grads.view(own.shape), alpha=self.scale)
@@ -86,12 +94,6 @@ class Columns:
         if not self.parts:
             return self._held()
         return self.block(slice(0, self.size), None)
-
-    def at_hand(self, max_bytes: int) -> "Columns":
-        """The same for repeated reading: dense, if that takes no more bytes; what is held here stays as it is."""
-        if not self.parts or self.size * self.like.numel() * self.like.element_size() > max_bytes:
-            return self
-        return replace(self, dense=self.whole(), parts=[])
 
     def samples(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Some samples after another: their numbers and `[samples, *shape]`."""
@@ -120,20 +122,24 @@ class Columns:
             held = self.dense[samples] if first is None else self.dense[samples, first]
         if not self.parts:
             return self._held()[samples] if held is None else held
-        shape = list(self.shape)
-        if first is not None:
-            shape[0] = first.stop - first.start
-        result = self.like.new_zeros((samples.stop - samples.start, *shape)) if held is None else held.clone()
-        start = 0 if first is None else first.start
+        first = first or slice(0, len(self.like))
+        shape = (samples.stop - samples.start, first.stop - first.start, *self.shape[1:])
+        result = self.like.new_empty(shape) if held is None else held.clone(memory_format=torch.contiguous_format)
+        written = np.full(len(result), held is not None)
         for part in self.parts:
             low, high = max(part.samples.start, samples.start), min(part.samples.stop, samples.stop)
             if low >= high:
                 continue
             own = slice(low - part.samples.start, high - part.samples.start)
             call = _rows_of(part.call, own, part.samples.stop - part.samples.start)
-            target = result[low - samples.start : high - samples.start]
-            for place, grads in pieces(part.rule, call, high - low, first, self.piece_bytes):
-                target[:, place.start - start : place.stop - start].add_(grads, alpha=self.scale)
+            place = slice(low - samples.start, high - samples.start)
+            fresh = not written[place].any()
+            if not fresh:
+                result[place][torch.from_numpy(~written[place])] = 0
+            add_piece(part.rule, call, high - low, first, self.scale, result[place], fresh)
+            written[place] = True
+        if not written.all():
+            result[torch.from_numpy(~written)] = 0
         return result
 
 
@@ -158,7 +164,15 @@ def column_bytes(parameter: torch.Tensor, samples: int, tokens: float | None, ru
         tokens: of all samples; `None` if unknown.
         rules: of the parameter's uses; `None` if no rule fits.
     """
-    dense = samples * parameter.numel() * parameter.element_size()
-    if tokens is None or rules is None or not all(rule in FACTORED for rule in rules):
+    element = parameter.element_size()
+    dense = samples * parameter.numel() * element
+    if tokens is None or not rules or not all(rule in FACTORED for rule in rules):
         return dense
-    return min(dense, int(len(rules) * tokens * sum(parameter.shape) * parameter.element_size()))
+    held = [_INDEX_BYTES + parameter.shape[1] * element if rule is embedding_weight else sum(parameter.shape) * element
+            for rule in rules]  # fmt: skip
+    factored = [int(tokens * size) for size in held]
+    return sum(factored) if max(factored) < dense else dense
+
+
+_INDEX_BYTES = 8
+"""Of a token's number."""

@@ -19,8 +19,9 @@ With `P ~ u v^T` (the rank-one factorisation, `Diagonal.whitened_sides`) the whi
     G G^T = A^T (B B^T) A,    G^T G = B^T (A A^T) B,    L^T G R = (A L)^T (B R),
 
 `O(T (m^2 + k^2))` for `T` tokens instead of `O(m k (m + k))`: several times less where a row has fewer tokens than the
-parameter has columns. The linear datamodelling score stays as it was (measured with 128 samples on the runs of
-`benchmarks/bench_lm_lds.py`: .763 for .762 on `wiki`, .573 for .567 on `facts`).
+parameter has columns. The linear datamodelling score stays as it was (measured on the runs of
+`benchmarks/bench_lm_lds.py`: with 128 samples .763 for .762 on `wiki` and .572 for .567 on `facts`, where it is .633
+for .626 with 1,024).
 """
 
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ from .columns import Columns, Part
 from .preconditioner import Diagonal, Preconditioner
 
 
-FACTORED_SIZE = 2**17
+FACTORED_SIZE = 2**12
 """Parameters with more entries than this may get their block from factors; of smaller ones it is exact in `P`."""
 
 

@@ -30,7 +30,7 @@ block (`block.py`), fitted on the same samples and applied to `q` first, `exp ~ 
 samples whitened by the rank-one factorisation of `P` (`factored.py`), at a fraction of the cost.
 """
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -40,11 +40,12 @@ import torch
 from ..gradients.contraction import add_combined
 from ..gradients.rows import as_rows
 from ..gradients.rules import Call, Rule
-from .block import fit_block_in_parts
+from .block import Block, fit_block_in_parts, fit_whitened
 from .columns import Columns, column_bytes
 from .eigen import eigh
 from .factored import fit_factored, is_cheaper
 from .flow import Flow, decayed, forced, forced_integral, integral
+from .preconditioner import Preconditioner
 from .sample import FisherSample, combine
 
 
@@ -145,9 +146,7 @@ class JointCurvature:
                 if name not in trained:
                     carried.update({name: q} if carry else {})
                     continue
-                own = columns[name]
-                if not (self.tail and is_cheaper(own, flow.preconditioner[name])):
-                    own = own.at_hand(self.memory_budget // 2)  # read three times: made once, if there is room
+                own = Whitened(columns[name], flow.preconditioner[name], self.memory_budget // 2)
                 scoring[name], after = self._tail(name, q, own, flow, sample, carry)
                 self._accumulate(name, own, [scoring[name], *after], flow, grams, projections)
                 del own
@@ -156,6 +155,7 @@ class JointCurvature:
                 if len(groups) > 1:
                     del columns[name]
             kept = columns if len(groups) == 1 else {}
+        grams = {rate: gram.tril() + gram.tril(-1).T for rate, gram in grams.items()}
         space = SampleSpace(grams, projections, flow.length)
         self._finish(wanted, kept, space, count, scoring, carried, flow, sample)
         return scoring, carried
@@ -163,44 +163,42 @@ class JointCurvature:
     @property
     def _piece_bytes(self) -> int:
         """Dense columns made at once of factored ones, beside what is held."""
-        return max(1, min(self.memory_budget // 4, 2**28))
+        return max(1, min(self.memory_budget // 4, 2**25))
 
     def _tail(
-        self, name: str, q: torch.Tensor, columns: Columns, flow: Flow, sample: FisherSample, carry: bool
+        self, name: str, q: torch.Tensor, samples: "Whitened", flow: Flow, sample: FisherSample, carry: bool
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """`q` after the split-off factors, for scoring and, if wanted, for carrying on; `q` itself is changed."""
         decay, length = flow.decay[name].to(q), flow.length
-        block = None
-        if self.tail:
-            preconditioner, diagonal = flow.preconditioner[name], name in sample.gradients.vocabulary
-            if is_cheaper(columns, preconditioner):
-                block = fit_factored(columns, preconditioner, diagonal)
-            else:
-                parts = lambda: (part for _, part in columns.samples())  # noqa: E731
-                block = fit_block_in_parts(parts, columns.shape, preconditioner, diagonal)
-        result = []
-        for function, vectors in ((decayed, q.clone() if carry else None), (_mean_over_time, q)):
-            if vectors is None:
-                continue
-            if decay.dim():  # elementwise decay has no common rate with anything: split it off
+        block = samples.fit(name in sample.gradients.vocabulary) if self.tail else None
+        functions, result = ([decayed] if carry else []) + [_mean_over_time], [q.clone()] if carry else []
+        result.append(q)
+        if decay.dim():  # elementwise decay has no common rate with anything: split it off
+            for function, vectors in zip(functions, result, strict=True):
                 vectors.mul_(function(decay, length))
-            if block is not None:
-                of_modes = partial(function, length=length)
-                for part in vectors.split(_vectors_at_once(vectors, self._piece_bytes)):
-                    part.copy_(block.apply(part, of_modes))
-            result.append(vectors)
+        if block is not None:
+            of_modes = [partial(function, length=length) for function in functions]
+            at_once = _vectors_at_once(q, self._piece_bytes)
+            parts = [vectors.split(at_once) for vectors in result]
+            for own in zip(*parts, strict=True):
+                if decay.dim():
+                    found = [block.apply(part, function) for part, function in zip(own, of_modes, strict=True)]
+                else:  # the same vectors for both
+                    found = block.apply_all(own[-1], of_modes)
+                for part, after in zip(own, found, strict=True):
+                    part.copy_(after)
         return result[-1], result[:-1]
 
     @staticmethod
-    def _accumulate(name, columns: Columns, both: list[torch.Tensor], flow: Flow, grams, projections) -> None:
-        """Add one parameter's share of `K` and `b`; float64, as thousands of terms of one sign add up."""
+    def _accumulate(name, samples: "Whitened", both: list[torch.Tensor], flow: Flow, grams, projections) -> None:
+        """Add one parameter's share of `K` (its lower half) and `b`; float64, for thousands of terms of one sign."""
         rate, preconditioner = common_rate(flow, name), flow.preconditioner[name]
-        for part, own in columns.slices(whole=not preconditioner.is_elementwise):
-            weighted = as_rows(preconditioner.apply_to(own, part))
-            gram = (weighted @ as_rows(own).T).double()
-            vectors = torch.cat([as_rows(each[:, part] if each.dim() > 1 else each) for each in both])
-            projection = (weighted @ vectors.T.to(weighted)).double()
-            grams[rate] = grams[rate].add_(gram) if rate in grams else gram
+        for part, own in samples.slices():
+            vectors = torch.cat([each[:, part] if each.dim() > 1 else each for each in both]).to(own)
+            projection = (as_rows(own) @ as_rows(preconditioner.root_of(vectors, part)).T).double()
+            if rate not in grams:
+                grams[rate] = projection.new_zeros((len(own), len(own)))
+            add_gram(as_rows(own), grams[rate])
             projections[rate] = projections[rate].add_(projection) if rate in projections else projection
 
     def _finish(
@@ -246,6 +244,54 @@ class JointCurvature:
         """
         groups = len(grouped(self.memory_budget, dict(enumerate(sizes))))
         return 1 if groups == 1 else groups + 1
+
+
+class Whitened:
+    """One parameter's columns of `S P^{1/2}`: what the tail's block, `K` and `b` are made of.
+
+    Args:
+        columns: of `S`.
+        preconditioner: `P`.
+        max_bytes: all of them are made once, and not once for each use, if they take no more than this.
+    """
+
+    def __init__(self, columns: Columns, preconditioner: Preconditioner, max_bytes: int) -> None:
+        self.columns, self.preconditioner = columns, preconditioner
+        self.whole = not preconditioner.is_elementwise
+        self.from_factors = is_cheaper(columns, preconditioner)
+        self.held: torch.Tensor | None = None
+        size = columns.size * columns.like.numel() * columns.like.element_size()
+        if not self.from_factors and size <= max_bytes:
+            self.held = preconditioner.root(columns.whole())
+
+    def fit(self, diagonal_left: bool) -> Block:
+        """The tail's block."""
+        if self.from_factors:
+            return fit_factored(self.columns, self.preconditioner, diagonal_left)
+        shape = self.columns.shape
+        if self.held is not None:
+            return fit_whitened(lambda: [self.held], shape, self.preconditioner, diagonal_left)
+        parts = lambda: (part for _, part in self.columns.samples())  # noqa: E731
+        return fit_block_in_parts(parts, shape, self.preconditioner, diagonal_left)
+
+    def slices(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Parts of the parameter's first axis, and their columns `[samples, part, ...]`."""
+        if self.held is not None:
+            yield slice(None), self.held
+            return
+        for part, own in self.columns.slices(whole=self.whole):
+            yield part, self.preconditioner.root_of(own, part)
+
+
+_GRAM_BLOCK = 256
+"""Samples whose products with each other are taken at once: fewer are no faster, more do what symmetry saves."""
+
+
+def add_gram(rows: torch.Tensor, total: torch.Tensor) -> None:
+    """Add `R R^T` to `total`, in blocks: those of its lower half only, for it is symmetric."""
+    for start in range(0, len(rows), _GRAM_BLOCK):
+        own = slice(start, min(start + _GRAM_BLOCK, len(rows)))
+        total[own, : own.stop] += rows[own] @ rows[: own.stop].T
 
 
 def _mean_over_time(rate: torch.Tensor, length: float) -> torch.Tensor:

@@ -41,9 +41,9 @@ class Preconditioner(ABC):
     is_elementwise = False
     """Whether `P` acts on each entry alone, so that parts of the first axis may be taken apart."""
 
-    def apply_to(self, vectors: torch.Tensor, part: slice) -> torch.Tensor:
-        """`P v` of a part of the parameter's first axis; of all of it if `P` is not elementwise."""
-        return self.apply(vectors)
+    def root_of(self, vectors: torch.Tensor, part: slice) -> torch.Tensor:
+        """`P^{1/2} v` of a part of the parameter's first axis; of all of it if `P` is not elementwise."""
+        return self.root(vectors)
 
     @abstractmethod
     def root(self, vectors: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
@@ -74,9 +74,9 @@ class Diagonal(Preconditioner):
     def __init__(self, values: torch.Tensor) -> None:
         self.values = values
 
-    def apply_to(self, vectors, part):
+    def root_of(self, vectors, part):
         """See `Preconditioner`."""
-        return vectors * (self.values[part] if self.values.dim() else self.values).to(vectors)
+        return vectors * (self._root[part] if self.values.dim() else self._root).to(vectors)
 
     @property
     def is_zero(self) -> bool:

@@ -30,11 +30,11 @@ from typing import Any
 import torch
 
 from ..gradients.rows import as_rows
-from .block import Block, as_matrices, fit_block, rotate, unrotate
+from .block import Block, as_matrices, rotate, unrotate
 from .diagonal import DiagonalCurvature
 from .ekfac import EKFACCurvature
 from .flow import Flow, decayed, forced, forced_integral, integral
-from .joint import JointCurvature, SampleSpace, groups_within
+from .joint import JointCurvature, SampleSpace, Whitened, groups_within
 from .sample import FisherSample, combine
 from .simple import IdentityCurvature
 
@@ -79,9 +79,16 @@ class JointResponse:
         dots: dict[float, list] = {}  # rate -> S P g and S y, [samples, rows]
         columns: Vectors = {}
         for names in groups:
-            columns = self.sample.matrices(names)
+            columns, made = {}, self.sample.columns(names)
             for name in names:
+                columns[name] = made[name].whole()
+                if fitting and self.curvature.tail and name in own:
+                    whitened = Whitened(made[name], self.flow.preconditioner[name], 0)
+                    self.blocks[name] = whitened.fit(name in self.sample.gradients.vocabulary)
                 self._measure(name, columns[name], own, arrived, dots, grams if fitting else None)
+                del made[name]
+                if len(groups) > 1:
+                    del columns[name]
         if fitting:
             self._fit(grams)
         coefficients = self._coefficients(own, dots, len(next(iter(arrived.values()))))
@@ -102,9 +109,6 @@ class JointResponse:
             of_own = of_own + (weighted @ as_rows(own[name]).T).double()
             if grams is not None:
                 grams[rate] = grams.get(rate, 0) + (weighted @ as_rows(columns).T).double()
-                if self.curvature.tail:
-                    vocabulary = name in self.sample.gradients.vocabulary
-                    self.blocks[name] = fit_block(columns, preconditioner, vocabulary)
         dots[rate] = [of_own, of_arrived + (as_rows(columns) @ as_rows(arrived[name]).T).double()]
 
     def _fit(self, grams: dict[float, torch.Tensor]) -> None:

@@ -132,10 +132,14 @@ class FisherSample:
             start += done.num_rows
 
     @property
+    def _sequences(self) -> int:
+        return getattr(self.gradients.task, "sequences_per_row", 1)
+
+    @property
     def num_tokens(self) -> int | None:
         """Tokens of all samples, padding included; `None` for inputs that are not tokens."""
         inputs = [batch.get("input_ids") for batch in self.batches]
-        if any(ids is None or ids.dim() != 2 for ids in inputs) or hasattr(self.gradients.task, "sequences_per_row"):
+        if any(ids is None or ids.dim() != 2 for ids in inputs) or self._sequences != 1:
             return None
         return sum(ids.numel() for ids in inputs)
 

@@ -72,18 +72,46 @@ def pieces(
             yield part, torch.bmm(left[..., part].transpose(1, 2), right)
 
 
+def add_piece(
+    rule: Rule, call: Call, rows: int, part: slice, scale: float, target: torch.Tensor, fresh: bool = False
+) -> None:
+    """Add a part of the per-row gradients to a tensor, without making them apart first.
+
+    Args:
+        rule, call, rows: see `pieces`; the rule is one of `FACTORED`.
+        part: of the parameter's first axis.
+        scale: of the gradients.
+        target: `[rows, part, ...]`, contiguous.
+        fresh: whether the target holds nothing yet, not even zeros.
+    """
+    if rule is not embedding_weight:
+        left, right = factors(rule, call, rows)
+        left = left if part == slice(0, left.shape[-1]) else left[..., part]
+        torch.baddbmm(target, left.transpose(1, 2), right, beta=0 if fresh else 1, alpha=scale, out=target)
+        return
+    if fresh:
+        target.zero_()
+    number, position, entry = _entries(call, rows, part)
+    flat = target.view(-1, target.shape[-1])
+    grads = by_row(call.grad, rows)[number, position]
+    flat.index_add_(0, number * (part.stop - part.start) + entry, grads, alpha=scale)
+
+
+def _entries(call: Call, rows: int, part: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens that are among some entries of a vocabulary: their row, position and place among the entries."""
+    tokens = call.input.reshape(rows, -1)
+    inside = (tokens >= part.start) & (tokens < part.stop) & counted(call, tokens)
+    number, position = inside.nonzero(as_tuple=True)
+    return number, position, tokens[number, position] - part.start
+
+
 def _embedding_piece(call: Call, rows: int, part: slice) -> torch.Tensor:
     """Gradients of some entries of a vocabulary, `[rows, entries, hidden]`."""
     if part == slice(0, len(call.module.weight)):
         return embedding_weight(call, rows)
-    tokens, grads = call.input.reshape(rows, -1), by_row(call.grad, rows)
-    inside = (tokens >= part.start) & (tokens < part.stop) & counted(call, tokens)
-    number, position = inside.nonzero(as_tuple=True)
-    result = grads.new_zeros((rows * (part.stop - part.start), grads.shape[-1]))
-    result.index_add_(
-        0, number * (part.stop - part.start) + tokens[number, position] - part.start, grads[number, position]
-    )
-    return result.view(rows, part.stop - part.start, -1)
+    result = call.grad.new_empty((rows, part.stop - part.start, call.grad.shape[-1]))
+    add_piece(embedding_weight, call, rows, part, 1.0, result, fresh=True)
+    return result
 
 
 def counted(call: Call, tokens: torch.Tensor) -> torch.Tensor:

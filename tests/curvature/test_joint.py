@@ -19,7 +19,9 @@ import pytest
 import torch
 
 from hf_source.curvature import FisherSample, Flow, JointCurvature, SampleSpace
+from hf_source.curvature.block import fit_block, rotate, unrotate
 from hf_source.curvature.columns import column_bytes
+from hf_source.curvature.joint import add_gram
 
 
 # Small eigenvalues of `S P S^T` are known to the rounding of the large ones, and are divided by: some of 16 digits may
@@ -188,3 +190,29 @@ def test_sample_space_is_the_formula_of_the_design():
     # Two routes through the same small eigenproblem: rounding only.
     np.testing.assert_allclose(space.propagated(0.0)[:, 0].numpy(), -U @ (f * (U.T @ b)), rtol=1e-10)
     np.testing.assert_allclose(space.scoring(0.0)[:, 0].numpy(), U @ ((f - length) / e * (U.T @ b)), rtol=1e-10)
+
+
+@pytest.mark.parametrize("size", [3, 256, 600])
+def test_the_lower_half_of_a_gram_matrix_is_added_in_blocks(size):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn((size, 7), generator=generator, dtype=torch.float64)
+    total = torch.ones((size, size), dtype=torch.float64)
+    add_gram(rows, total)
+    torch.testing.assert_close(total.tril(), (rows @ rows.T + 1).tril())
+
+
+@pytest.mark.parametrize("diagonal_left", [False, True])
+def test_directions_that_nothing_moves_are_left_out_of_a_block(diagonal_left):
+    """Samples of low rank: most directions of both bases have no eigenvalue that differs from 0."""
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    samples = torch.einsum("nrm,nrk->nmk", normal(2, 1, 9), normal(2, 1, 7))
+    block = fit_block(samples, torch.rand((9, 7), generator=generator, dtype=torch.float64) + 0.1, diagonal_left)
+    vectors = normal(3, 9, 7)
+    functions = [lambda mu: torch.exp(-mu), lambda mu: 1 / (1 + mu)]
+    for function, got in zip(functions, block.apply_all(vectors, functions), strict=True):
+        turned = rotate(block.preconditioner.root(vectors), block.left, block.right)
+        back = unrotate(function(block.eigenvalues) * turned, block.left, block.right)
+        torch.testing.assert_close(got, block.preconditioner.inverse_root(back), rtol=1e-9, atol=1e-11)
+    unmoved = block.apply(vectors, lambda mu: torch.ones_like(mu))
+    assert torch.equal(unmoved, vectors) and unmoved is not vectors

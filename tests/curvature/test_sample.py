@@ -186,3 +186,20 @@ def test_any_two_rows_may_be_drawn_together():
         drawn = np.unique(systematic_sample(np.ones(10), 3, seed))
         together[np.ix_(drawn, drawn)] = True
     assert together.all()
+
+
+def test_tokens_of_a_sample_are_known_for_every_row_of_one_sequence(segment):
+    """What is held factored is counted from them."""
+    sample = segment("gpt2").sample
+    assert sample.num_tokens == sum(batch["input_ids"].numel() for batch in sample.batches)
+    sample.gradients = sample.gradients.with_task(PairTask(CausalLMTask()))
+    assert sample.num_tokens is None
+
+
+class PairTask:
+    """A task whose rows are two sequences each."""
+
+    sequences_per_row = 2
+
+    def __init__(self, task):
+        self.task = task

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from ...budget import queries_at_once
+from ...curvature import JointCurvature
 from ...errors import ConfigError
 from ...recording import StageRecord
 from ..queries import Queries
@@ -75,13 +76,20 @@ class Method:
         return self.options(**given)
 
 
+def vectors_each(attributor: "SourceAttributor") -> int:
+    """Vectors of a query that are held at once: to score with, and, where there are segments before, to carry on."""
+    walks = attributor.method in ("source", "fast-source") and isinstance(attributor.curvature, JointCurvature)
+    return 1 if walks and sum(len(stage.segments) for stage in attributor.record.stages) == 1 else 2
+
+
 def in_chunks(attributor: "SourceAttributor", queries: Queries, method: Method) -> Scores:
     """Scores of a method, of some queries after another where the vectors of all do not fit the memory budget."""
     sizes = [
         np.prod(stage.tensor_info[name]["shape"]) for stage in attributor.record.stages for name in stage.trainable
     ]
     element = torch.finfo(attributor.dtype).bits // 8
-    step = queries_at_once(attributor.query_budget, int(sum(sizes)), element, len(queries))
+    each = vectors_each(attributor)
+    step = queries_at_once(attributor.query_budget, int(sum(sizes)), element, len(queries), each)
     if step >= len(queries) or method.together:
         yield from method.score(attributor, queries)
         return
