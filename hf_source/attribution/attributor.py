@@ -33,6 +33,7 @@ from ..errors import ConfigError, DataError, UnsupportedError
 from ..gradients import Loss, Measurement, Task, describe_measurement
 from ..logs import get_logger
 from ..outputs.columns import add_score_columns, check_names, top_table, with_note
+from ..outputs.token_columns import add_token_columns, check_token_names, token_texts
 from ..outputs.trust import trust_note
 from ..recording import StageRecord, TrainingRecord
 from ..recording.digest import digest, record_digest
@@ -43,11 +44,13 @@ from .alone import final_losses, own_influence
 from .ensembles import ENSEMBLES, check_agreement, make_ensemble, split_settings
 from .filtered import filtered_top
 from .generation import complete, prompt_text
+from .granularity import Granularity, QueryGranularity, Span, check_choice, mark_spans, split_queries
 from .methods import METHODS, in_chunks
 from .methods.base import Scores
 from .plan import Plan
-from .queries import Queries, refuse_one_text, refuse_other_than_queries, same_queries
+from .queries import Queries, refuse_one_text, same_queries
 from .reader import RunReader
+from .row_tokens import row_token_scores, rows_of
 
 
 if TYPE_CHECKING:
@@ -288,7 +291,46 @@ class SourceAttributor(RunReader):
             self.progress,
         )
 
-    def work(self, queries: Queries) -> Work:
+    def split(self, queries: Queries, granularity: QueryGranularity = "token") -> Queries:
+        """A query for each token of the answers, or for each part of them that is marked (see `mark`).
+
+        Args:
+            queries: what to explain.
+            granularity: `"token"`: `<name>_t0`, `<name>_t1`, ... of each answer; `"span"`: `<name>_s0`, ... of each
+                run of tokens that are asked about; `"sequence"`: the queries as they are.
+
+        Raises:
+            ConfigError: for another granularity.
+            DataError: if the queries are rows, which are asked about as a whole.
+            UnsupportedError: if the model is an encoder-decoder, or the method compares texts.
+        """
+        if granularity != "sequence":
+            self._refuse_parts()
+        first = 0 if getattr(self.task_of(self.record.stages[-1]), "virtual_tokens", 0) else 1
+        return split_queries(self.encode(queries), granularity, self.processing_class, first)
+
+    def mark(self, queries: Queries, spans: Mapping[str, Span | Iterable[Span]]) -> Queries:
+        """Queries that ask about parts of their answers only.
+
+        Args:
+            queries: what to explain.
+            spans: query -> its part, or several: a text that the answer holds, or `(first, end)` in letters. Every
+                token that a part touches is asked about. Queries that are not named stay whole.
+
+        Raises:
+            DataError: if there is no such query or part, or the queries are rows.
+            UnsupportedError: see `split`.
+        """
+        self._refuse_parts()
+        return mark_spans(self.encode(queries), spans, self.processing_class)
+
+    def _refuse_parts(self) -> None:
+        if METHODS[self.method].reads_text:
+            raise UnsupportedError(f"method={self.method!r} compares whole texts, which have no parts.")
+        if self.record.stages[-1].is_encoder_decoder:
+            raise UnsupportedError("An encoder-decoder reads its own answer, so it is asked about as a whole.")
+
+    def work(self, queries: Queries, **more: Any) -> Work:
         """Where finished work on these queries is kept: nowhere, if no `cache_dir` was given."""
         if self.cache_dir is None or self._change_model is not None:  # a member of an ensemble that changes the model
             return Work()
@@ -303,6 +345,7 @@ class SourceAttributor(RunReader):
             "model": None if self.make_model is None else self.make_model.__qualname__,
             "processes": [self.accelerator.process_index, self.accelerator.num_processes],
             "queries": [queries.rows, queries.are_rows],
+            **more,
         }
         return Work(self.cache_dir / digest(identity)[:32])
 
@@ -357,25 +400,40 @@ class SourceAttributor(RunReader):
 
     # ---- scores ------------------------------------------------------------------------------------------------
 
-    def scores(self, dataset: Dataset | None, queries: Queries, stage: str | None = None) -> np.ndarray:
+    def scores(
+        self,
+        dataset: Dataset | None,
+        queries: Queries,
+        stage: str | None = None,
+        granularity: Granularity = "row",
+        query_granularity: QueryGranularity = "sequence",
+    ) -> np.ndarray | list[np.ndarray]:
         """Raw scores of a stage's rows, in the order of the dataset.
 
         Args:
-            dataset: the stage's dataset as the Trainer took it; `None` for the rows the record holds.
+            dataset: the stage's dataset as the Trainer took it; `None` for the rows the record holds. With
+                `granularity="token"` it may be some of its rows, with the `source_row` that `attribute` gave them.
             queries: what to explain.
             stage: which stage; may be left out if there is only one.
+            granularity: `"row"`, or `"token"` for each label token of the rows: what training on that token did. A
+                row's score is their sum. It takes a pass of the row for each token: ask for the rows that matter.
+            query_granularity: `"sequence"`, or `"token"` or `"span"` for the parts of each answer (see `split`).
 
         Returns:
             float32 `[queries, rows]`, nats for `method="source"`; 0 for rows that the stage never trained on, which
-            had no influence.
+            had no influence. Of tokens: for each row float32 `[queries, tokens]`, 0 for those that were no labels.
 
         Raises:
             DataError: if the dataset is not the recorded one, or a query cannot be used.
             RecordError: if there is no such stage.
+            UnsupportedError: of tokens: for a method other than Source, an ensemble, an index, or rows that are no
+                text of a decoder.
         """
-        record = self.record.stage(stage)
+        record, queries = self.record.stage(stage), self.split(queries, query_granularity)
+        check_choice("granularity", granularity, ("row", "token"))
+        if granularity == "token":
+            return [row.scores for row in row_token_scores(self, queries, record, rows_of(self, record, dataset)[1])]
         rows = self.rows(record) if dataset is None else self.set_dataset(record.name, dataset)
-        queries = self.encode(queries)
         found = rows.as_given(self._stage_scores(record, queries))
         self._remember(queries, [record.name])
         return found
@@ -499,35 +557,47 @@ class SourceAttributor(RunReader):
         stage: str | None = None,
         return_scores: bool = False,
         std: bool = False,
-    ) -> Dataset | np.ndarray:
+        granularity: Granularity = "row",
+        query_granularity: QueryGranularity = "sequence",
+    ) -> Dataset | np.ndarray | list[np.ndarray]:
         """Scores as columns of the dataset they belong to.
 
         Args:
-            dataset, queries, stage: see `scores`.
+            dataset, queries, stage, granularity, query_granularity: see `scores`.
             return_scores: give the raw array instead.
             std: of an ensemble, also the columns `source_<name>_std` (see `scores_std`).
 
         Returns:
             The dataset with `source_row` (int64, the row's number in training) and one float32 column
-            `source_<name>` per query, ready for `sort`, `filter` and `push_to_hub`. Its `info.description` says on
-            what assumption the scores rest, if any, and how far to trust them, if that was evaluated (`trust`).
+            `source_<name>` per query, ready for `sort`, `filter` and `push_to_hub`. With `granularity="token"` it has
+            a list of the row's tokens, `source_tokens`, and a list of float32 for each query,
+            `source_<name>_tokens`. Its `info.description` says on what assumption the scores rest, if any, and how
+            far to trust them, if that was evaluated (`trust`).
 
         Raises:
             DataError: also if a column of that name exists.
         """
-        refuse_other_than_queries(queries)
-        record = self.record.stage(stage)
+        if return_scores:
+            return self.scores(dataset, queries, stage, granularity, query_granularity)
+        record, queries = self.record.stage(stage), self.split(queries, query_granularity)
+        if granularity == "token":
+            return self._token_columns(record, dataset, queries)
         rows = self.rows(record) if dataset is None else self.set_dataset(record.name, dataset)
-        if not return_scores:
-            check_names(rows.given, queries.names, std)
+        check_names(rows.given, queries.names, std)
         if std:
             self._require_members()
-        scores = self.scores(dataset, queries, stage)
-        if return_scores:
-            return scores
+        scores = self.scores(dataset, queries, stage, granularity)
         spread = self.scores_std(dataset, queries, stage) if std else None
         columns = add_score_columns(rows.given, scores, queries.names, spread)
         return with_note(columns, self._notes([record.name]))
+
+    def _token_columns(self, stage: StageRecord, dataset: Dataset | None, queries: Queries) -> Dataset:
+        given, numbers = rows_of(self, stage, dataset)
+        check_token_names(given, queries.names)
+        found = row_token_scores(self, queries, stage, numbers)
+        tokens = [token_texts(self.processing_class, row.ids) for row in found]
+        columns = add_token_columns(given, numbers, tokens, [row.scores for row in found], queries.names)
+        return with_note(columns, self._notes([stage.name]))
 
     def top(
         self,
@@ -537,6 +607,7 @@ class SourceAttributor(RunReader):
         stages: Iterable[str] | None = None,
         filter: "str | Path | SourceAttributor | None" = None,
         candidates: int = 1000,
+        query_granularity: QueryGranularity = "sequence",
     ) -> Dataset:
         """The rows of every stage that say most about each query, as one long table.
 
@@ -548,6 +619,7 @@ class SourceAttributor(RunReader):
             filter: score only rows that a cheaper method proposes, for very large sets (see `filtered.py`): the name
                 of a method such as `"bm25"`, an index (folder or id on the Hub), or an attributor of the same record.
             candidates: rows that the filter proposes per query and stage.
+            query_granularity: `"token"` or `"span"` for rows of each part of the answers (see `split`).
 
         Returns:
             Columns `query`, `stage`, `row`, `rank`, `score`, `text`. Its `info.description` says on what assumption
@@ -561,16 +633,17 @@ class SourceAttributor(RunReader):
             raise ConfigError(f"k={k}: ask for at least one row.")
         named = [stages] if isinstance(stages, str) else stages
         wanted = [self.record.stage(name) for name in (named or [stage.name for stage in self.record.stages])]
+        queries = self.split(queries, query_granularity)
         if filter is not None:
-            return filtered_top(self, self.encode(queries), k, opposing, wanted, filter, candidates)
+            return filtered_top(self, queries, k, opposing, wanted, filter, candidates)
         parts = []
         for stage in wanted:
             rows = self.rows(stage)
-            scores = self._stage_scores(stage, self.encode(queries))
+            scores = self._stage_scores(stage, queries)
             text = partial(rows.text, processing_class=self.processing_class)
             # Rows that the Trainer filtered out have a number, but no score.
             parts.append((stage.name, scores[:, rows.trained_rows], rows.trained_rows, text))
-        self._remember(self.encode(queries), [stage.name for stage in wanted])
+        self._remember(queries, [stage.name for stage in wanted])
         return with_note(top_table(parts, queries.names, k, opposing), self._notes([stage.name for stage in wanted]))
 
     # ---- an index ----------------------------------------------------------------------------------------------

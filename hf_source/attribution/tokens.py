@@ -18,7 +18,7 @@ is the sum of what its label tokens contribute to the tokens of the answer. One 
 the few rows that are shown, in which each answer token is a query and each label token of a row is scored alone.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +29,10 @@ from datasets import Dataset
 from ..budget import queries_at_once
 from ..data import IGNORE_INDEX
 from ..errors import UnsupportedError
-from ..gradients import CausalLMTask
 from ..recording import StageRecord
 from ..source import walk
 from .queries import Queries
-from .rows import StageRows
+from .row_tokens import RowTokens, only, refuse_tokens
 
 
 if TYPE_CHECKING:
@@ -64,67 +63,6 @@ class TokenInfluence:
 
     def __bool__(self) -> bool:
         return bool(self.answers or self.rows)
-
-
-class RowTokens:
-    """The label tokens of some rows, in place of the rows: what a walk scores.
-
-    Args:
-        rows: of the stage.
-        numbers: of the rows wanted; some may never have trained.
-        max_parts: longer rows are cut into parts of several tokens.
-
-    Attributes:
-        count: parts there are.
-        row: int64 `[parts]`, the part's own number, in whose place its score goes.
-        example: int64 `[parts]`, see `StageRows`.
-        parts: of each wanted row, `(token ids, [label positions of a part], [numbers of the parts])` for each of its
-            pieces.
-    """
-
-    def __init__(self, rows: StageRows, numbers: Sequence[int], max_parts: int = MAX_PARTS) -> None:
-        self.rows = rows
-        self._origin: list[int] = []
-        self._positions: list[np.ndarray] = []
-        self.parts: dict[int, list[tuple[list[int], list[list[int]], list[int]]]] = {}
-        first = 0 if getattr(rows.task, "virtual_tokens", 0) else 1
-        for number in map(int, numbers):
-            self.parts[number] = []
-            for piece in np.flatnonzero(rows.row == number):
-                if piece in rows.trained and rows.items[piece]:
-                    self._add(number, int(piece), first, max_parts)
-        self.count = len(self._origin)
-        self.row = np.arange(self.count)
-        self.example = rows.example[np.asarray(self._origin, dtype=np.int64)]
-
-    def _add(self, number: int, piece: int, first: int, max_parts: int) -> None:
-        batch = self.rows.collated([piece], torch.device("cpu"))
-        asked = [place for place in np.flatnonzero(batch["labels"][0] != IGNORE_INDEX) if place >= first]
-        parts = np.array_split(asked, min(len(asked), max_parts))
-        own = list(range(len(self._origin), len(self._origin) + len(parts)))
-        self._origin += [piece] * len(parts)
-        self._positions += parts
-        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[0]
-        ids = batch["input_ids"][0][: int(mask.nonzero().max()) + 1].tolist()  # a collator may pad a row that is alone
-        self.parts[number].append((ids, [part.tolist() for part in parts], own))
-
-    def batches(self, parts: Sequence[int]) -> list[np.ndarray]:
-        """Parts of one piece at a time, under the token budget."""
-        found: dict[int, list[int]] = {}
-        for part in parts:
-            found.setdefault(self._origin[part], []).append(int(part))
-        batches = []
-        for piece, own in found.items():
-            step = max(1, self.rows.max_tokens_per_batch // max(1, int(self.rows.lengths[piece])))
-            batches += [np.asarray(own[start : start + step]) for start in range(0, len(own), step)]
-        return batches
-
-    def collated(self, parts: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
-        """The piece once for each part, with the labels of that part only."""
-        batch = self.rows.collated([self._origin[parts[0]]], device)
-        batch = {key: value.expand(len(parts), *value.shape[1:]).contiguous() for key, value in batch.items()}
-        batch["labels"] = _only(batch["labels"], [self._positions[part] for part in parts])
-        return batch
 
 
 def token_influence(
@@ -179,7 +117,7 @@ class TokenWalk:
             ],
             *([""] * sum(map(len, self.cuts)),) * 2,
             [
-                {**row, "labels": _only(torch.tensor([row["labels"]]), [part])[0].tolist()}
+                {**row, "labels": only(torch.tensor([row["labels"]]), [part])[0].tolist()}
                 for row, parts in zip(self.cut.rows, self.cuts, strict=True)
                 for part in parts
             ],
@@ -292,19 +230,12 @@ def _joined(one: Queries, other: Queries) -> Queries:
 
 
 def _refuse(attributor: "SourceAttributor", queries: Queries) -> None:
+    refuse_tokens(attributor, attributor.record.stages)
     reason = ""
-    if attributor.method not in ("source", "fast-source"):
-        reason = f"method={attributor.method!r} scores rows as a whole: use 'source' or 'fast-source'"
-    elif attributor.ensemble is not None:
-        reason = "an ensemble scores rows as a whole: use one of its records alone"
-    elif attributor.index is not None:
-        reason = "an index keeps rows as a whole: open the record without it"
-    elif "measurement" in attributor.settings():
+    if "measurement" in attributor.settings():
         reason = "a measurement other than the loss is no sum over tokens: leave `measurement=` out"
     elif queries.are_rows or attributor.processing_class is None:
         reason = "the queries are rows, not text: ask with `Queries.from_text` and a tokenizer"
-    elif not all(isinstance(attributor.task_of(stage), CausalLMTask) for stage in attributor.record.stages):
-        reason = "only rows of decoder language models are made of tokens"
     if reason:
         raise UnsupportedError(f"Tokens have no influence of their own here: {reason}.")
 
@@ -329,14 +260,6 @@ def _vector_bytes(attributor: "SourceAttributor") -> int:
         for stage in attributor.record.stages
     )
     return size * torch.finfo(attributor.dtype).bits // 8
-
-
-def _only(labels: torch.Tensor, positions: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Labels `[rows, tokens]` of which each row keeps its positions."""
-    kept = torch.zeros_like(labels, dtype=torch.bool)
-    for row, places in enumerate(positions):
-        kept[row, torch.as_tensor(places, device=labels.device)] = True
-    return labels.masked_fill(~kept, IGNORE_INDEX)
 
 
 def _texts(processing_class: Any, ids: list[int], parts: list[list[int]], scores: np.ndarray) -> Tokens:

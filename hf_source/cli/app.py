@@ -15,6 +15,7 @@
 
 import logging
 import shutil
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +35,13 @@ from .push import push
 from .record import record_app
 from .report import report
 from .space import space_app
+
+
+class GranularityName(StrEnum):
+    """`--granularity`."""
+
+    row = "row"
+    token = "token"
 
 
 app = typer.Typer(
@@ -155,6 +163,10 @@ def attribute(
     stage: Stage = None,
     dataset: DatasetPath = None,
     index: Index = None,
+    granularity: Annotated[
+        GranularityName,
+        typer.Option(help="Scores of rows, or of each token of them: a pass for every token, so of few rows."),
+    ] = GranularityName.row,
     std: Annotated[bool, typer.Option("--std", help="Also say how far an ensemble's members differ.")] = False,
     resume: Annotated[
         bool,
@@ -168,7 +180,7 @@ def attribute(
     kept = out.with_name(f"{out.name}.work")
     attributor = models.open(record, scoring, index=index, cache_dir=str(kept) if resume else None)
     wanted = asked.read(attributor)
-    scored = attributor.attribute(read_rows(dataset), wanted, stage, std=std)
+    scored = attributor.attribute(read_rows(dataset), wanted, stage, std=std, granularity=granularity.value)
     out.parent.mkdir(parents=True, exist_ok=True)
     getattr(scored, writers[out.suffix])(str(out))
     if resume and attributor.cache_dir == kept and attributor.accelerator.is_main_process:

@@ -287,6 +287,8 @@ def _wanted(source: Any, asked: Asked) -> Any:
             return None
         if asked.queries is None and not asked.completion:
             raise ConfigError("Shared scores cannot generate: give --completion for each --prompt, or neither.")
+        if asked.span or asked.query_granularity != "sequence":
+            raise ConfigError("Shared scores are of the answers that were attributed: leave the parts of answers out.")
     return asked.read(source)
 
 

@@ -16,7 +16,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from .opening import by_stage, open_attributor, read_rows
 from .options import (
     Completions,
@@ -29,9 +29,12 @@ from .options import (
     NumSamples,
     Prompts,
     QueriesFile,
+    QueryGranularityName,
+    QueryGranularityOption,
     Recipe,
     Runs,
     Settings,
+    Spans,
 )
 
 
@@ -47,6 +50,8 @@ class Asked:
     prompt: Prompts = None
     completion: Completions = None
     max_new_tokens: MaxNewTokens = 32
+    span: Spans = None
+    query_granularity: QueryGranularityOption = QueryGranularityName.sequence
 
     @property
     def given(self) -> bool:
@@ -58,7 +63,19 @@ class Asked:
 
         Raises:
             ConfigError: if there is none of them or more than one, or a file that is no file of queries.
+            DataError: if a completion holds none of the parts.
         """
+        queries = self._whole(attributor)
+        if self.span:
+            spans = {name: [part for part in self.span if part in said] for name, _, said in queries}
+            missing = [said for name, _, said in queries if not spans[name]]
+            if missing:
+                raise DataError(f"The answer {missing[0]!r} holds no {' and no '.join(map(repr, self.span))}.")
+            queries = attributor.mark(queries, spans)
+        whole = self.query_granularity is QueryGranularityName.sequence
+        return queries if whole else attributor.split(queries, self.query_granularity.value)
+
+    def _whole(self, attributor: "SourceAttributor") -> "Queries":
         from .. import Queries
 
         if (self.queries is None) == (not self.prompt):

@@ -61,6 +61,14 @@ class EnsembleName(StrEnum):
     lora = "lora"
 
 
+class QueryGranularityName(StrEnum):
+    """`--query-granularity`."""
+
+    sequence = "sequence"
+    token = "token"
+    span = "span"
+
+
 Record = Annotated[str, typer.Argument(help="Folder of the training record, or its id on the Hub.")]
 Runs = Annotated[
     list[str] | None,
@@ -82,6 +90,16 @@ Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A pro
 Completions = Annotated[
     list[str] | None,
     typer.Option("--completion", "-c", help="What was said after each --prompt. Without it the model generates."),
+]
+Spans = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--span", help="Ask only about this part of the completions; repeatable.", show_default="all of them"
+    ),
+]
+QueryGranularityOption = Annotated[
+    QueryGranularityName,
+    typer.Option("--query-granularity", help="Scores of whole completions, of each token, or of each --span."),
 ]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest generated completion.")]
 Stage = Annotated[str | None, typer.Option(help="Stage whose rows are meant (needed if there are several).")]

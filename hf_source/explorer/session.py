@@ -25,7 +25,6 @@ import torch
 from ..attribution.asking import query_losses
 from ..attribution.methods import METHODS
 from ..attribution.queries import Queries
-from ..data import IGNORE_INDEX
 from ..errors import DataError
 from ..outputs.groups import column_values, grouping_columns
 
@@ -142,32 +141,14 @@ class Explorer:
         """A query about an answer, or about the tokens of it that a span of its letters touches.
 
         Raises:
-            DataError: if there is nothing to ask about, or the model is an encoder-decoder and a span was given.
+            DataError: if there is nothing to ask about.
+            UnsupportedError: if the model is an encoder-decoder and a span was given.
         """
         queries = self.attributor.encode(Queries.from_text([prompt], [completion], ["answer"]))
         if span is None or span[0] >= span[1] or span == (0, len(completion)):
             return queries
-        if self.attributor.record.stages[-1].is_encoder_decoder:
-            raise DataError("An encoder-decoder reads its own answer: ask about the whole of it, without a span.")
-        row = queries.rows[0]
-        start, end = len(prompt) + span[0], len(prompt) + span[1]
-        places = self._letters(prompt + completion, row["input_ids"])
-        labels = [
-            label if first < end and last > start else IGNORE_INDEX
-            for label, (first, last) in zip(row["labels"], places, strict=True)
-        ]
-        if all(label == IGNORE_INDEX for label in labels[1:]):
-            raise DataError(f"The marked text {completion[slice(*span)]!r} holds no token of the answer: mark more.")
-        name, asked = ["answer"], [completion[slice(*span)]]
-        return Queries(name, [prompt + completion[: span[0]]], asked, [{**row, "labels": labels}])
-
-    def _letters(self, text: str, ids: list[int]) -> list[tuple[int, int]]:
-        """First and last letter of each token."""
-        tokenizer = self.attributor.processing_class
-        if tokenizer.is_fast:
-            return tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
-        ends = [len(tokenizer.decode(ids[: place + 1], skip_special_tokens=True)) for place in range(len(ids))]
-        return list(zip([0, *ends[:-1]], ends, strict=True))
+        marked = self.attributor.mark(queries, {"answer": span})
+        return Queries(["answer"], [prompt + completion[: span[0]]], [completion[slice(*span)]], marked.rows)
 
     def ask(self, prompt: str, completion: str, span: tuple[int, int] | None = None) -> Found:
         """Score every row for an answer, or for a marked span of it.

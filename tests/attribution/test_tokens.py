@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from hf_source import Queries, SourceAttributor
-from hf_source.attribution.tokens import RowTokens, TokenWalk, token_influence
+from hf_source.attribution.row_tokens import RowTokens
+from hf_source.attribution.tokens import TokenWalk, token_influence
 from hf_source.errors import UnsupportedError
 
 

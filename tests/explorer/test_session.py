@@ -73,7 +73,7 @@ def test_a_span_asks_about_the_tokens_it_touches(explorer):
     whole = explorer.question("Peru:", " Lima").rows[0]["labels"]
     for span in (None, (3, 3), (0, 5)):
         assert explorer.question("Peru:", " Lima", span).rows[0]["labels"] == whole
-    with pytest.raises(DataError, match="holds no token of the answer"):
+    with pytest.raises(DataError, match="is no part of the answer"):
         explorer.question("Peru:", " Lima", (7, 9))
 
 
