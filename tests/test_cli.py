@@ -212,6 +212,33 @@ def test_attribute_the_dataset_itself(record, queries_file, scores, tmp_path):
     np.testing.assert_allclose(written["source_lima"], scores[0], rtol=1e-4, atol=1e-6)
 
 
+def test_attribute_parts(record, queries_file, scores, tmp_path):
+    """Tokens of the rows that matter, and parts of the answers."""
+    whole, best, tokens = (tmp_path / name for name in ("whole.parquet", "best.parquet", "tokens.parquet"))
+    given = ["attribute", record, "-q", queries_file, "--stage", "pretrain"]
+    run(*given, "-o", whole, *FEW)
+    rows = load_dataset("parquet", data_files=str(whole), split="train")
+    rows.sort("source_lima", reverse=True).select([0]).to_parquet(str(best))
+    some = ["--dataset", best, "--granularity", "token", *FEW]
+    said = run(*given, *some, "-o", tokens)
+    assert "1 rows with source_row, source_lima, source_havana, ... (6 in all)" in said
+    written = load_dataset("parquet", data_files=str(tokens), split="train")[0]
+    assert "".join(written["source_tokens"][:-1]) == written["text"]
+    np.testing.assert_allclose(sum(written["source_lima_tokens"]), scores[0].max(), rtol=1e-3)
+    assert "pretrain': 1 rows" in run("plan", *given[1:], *some)
+
+    asked = ["-p", "Peru:", "-c", " Lima", "--stage", "pretrain", *FEW]
+    out = tmp_path / "parts.parquet"
+    run("attribute", record, *asked, "--span", "Li", "--span", "a", "--query-granularity", "span", "-o", out)
+    written = load_dataset("parquet", data_files=str(out), split="train")
+    assert written.column_names[-2:] == ["source_q0_s0", "source_q0_s1"]
+    run("attribute", record, *asked, "--query-granularity", "token", "-o", out)
+    written = load_dataset("parquet", data_files=str(out), split="train")
+    np.testing.assert_allclose(sum(np.array(written[f"source_q0_t{t}"]) for t in range(5)), scores[0], atol=1e-5)
+    said = refused("attribute", record, *asked, "--span", "Rome", "-o", out)
+    assert "The answer ' Lima' holds no 'Rome'" in said
+
+
 @pytest.mark.parametrize("columns", [["name", "prompt", "completion"], ["name", "input_ids", "labels"]])
 def test_queries_as_text_or_tokens(record, story, queries, scores, tmp_path, columns):
     encoded = queries.encode(story.processing_class()).to_dataset().select_columns(columns)

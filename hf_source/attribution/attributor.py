@@ -47,10 +47,10 @@ from .generation import complete, prompt_text
 from .granularity import Granularity, QueryGranularity, Span, check_choice, mark_spans, split_queries
 from .methods import METHODS, in_chunks
 from .methods.base import Scores
-from .plan import Plan
+from .plan import Plan, plan_tokens
 from .queries import Queries, refuse_one_text, same_queries
 from .reader import RunReader
-from .row_tokens import row_token_scores, rows_of
+from .row_tokens import refuse_tokens, row_token_scores, rows_of
 
 
 if TYPE_CHECKING:
@@ -829,16 +829,28 @@ class SourceAttributor(RunReader):
 
         return report_of(self, path, queries, stages, k, title=title, columns=columns, shaded=shaded)
 
-    def plan(self, dataset: Dataset | None, queries: Queries, stage: str | None = None) -> Plan:
+    def plan(
+        self,
+        dataset: Dataset | None,
+        queries: Queries,
+        stage: str | None = None,
+        granularity: Granularity = "row",
+        query_granularity: QueryGranularity = "sequence",
+    ) -> Plan:
         """What an attribution will cost, from a short calibration; nothing else is run.
 
         For Source, and for the methods that replay the run, it also says what the others would cost, which is the
-        better buy, and why.
+        better buy, and why. Arguments as of `scores`; without `stage`, the first one, so that all are walked through.
         """
         record = self.record.stage(stage) if stage or len(self.record.stages) == 1 else self.record.stages[0]
+        queries = self.split(queries, query_granularity)
+        check_choice("granularity", granularity, ("row", "token"))
+        if granularity == "token":
+            refuse_tokens(self, [record])
+            return plan_tokens(self, queries, record, rows_of(self, record, dataset)[1])
         if dataset is not None:
             self.set_dataset(record.name, dataset)
-        plan = advised_plan(self, self.encode(queries), record)
+        plan = advised_plan(self, queries, record)
         return plan if self.ensemble is None else self.ensemble.plan(plan)
 
 

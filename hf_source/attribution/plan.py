@@ -143,9 +143,20 @@ def measure(attributor: "SourceAttributor", queries: Queries, target: StageRecor
     return Measured(stages, gradients, len(queries), per_token, _multiplication_rate(attributor))
 
 
-def make_plan(attributor: "SourceAttributor", queries: Queries, target: StageRecord) -> Plan:
-    """Predict the cost of attributing `queries` to the rows of `target`, with every later stage walked through."""
-    return estimate(attributor, measure(attributor, queries, target))
+def plan_tokens(attributor: "SourceAttributor", queries: Queries, target: StageRecord, numbers: np.ndarray) -> Plan:
+    """Predict the cost of the scores of every label token of some rows: a pass of the row for each of them."""
+    measured = measure(attributor, queries, target)
+    plan, rows = estimate(attributor, measured), attributor.rows(target)
+    wanted = rows.trained[np.isin(rows.row[rows.trained], numbers)]
+    for stage in plan.stages:
+        walked, stage.score_tokens = stage.score_tokens, 0
+        if stage.name == target.name:
+            stage.num_rows = len(np.unique(rows.row[wanted]))
+            for segment in target.segments:
+                visited = wanted[segment.num_visits()[rows.example[wanted]] > 0]
+                stage.score_tokens += int((rows.lengths[visited] * rows.items[visited]).sum())
+        plan.seconds += (stage.score_tokens - walked) * measured.seconds_per_token
+    return plan
 
 
 def estimate(attributor: "SourceAttributor", measured: Measured) -> Plan:

@@ -15,7 +15,6 @@
 
 import logging
 import shutil
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -30,18 +29,21 @@ from .explore import explore
 from .groups import Asked, Models, Scoring
 from .index import index
 from .opening import open_attributor, read_rows
-from .options import SAMPLES_HELP, DatasetPath, Index, MaxNewTokens, Prompts, Record, Stage
+from .options import (
+    SAMPLES_HELP,
+    DatasetPath,
+    GranularityName,
+    GranularityOption,
+    Index,
+    MaxNewTokens,
+    Prompts,
+    Record,
+    Stage,
+)
 from .push import push
 from .record import record_app
 from .report import report
 from .space import space_app
-
-
-class GranularityName(StrEnum):
-    """`--granularity`."""
-
-    row = "row"
-    token = "token"
 
 
 app = typer.Typer(
@@ -147,10 +149,11 @@ def plan(
     models: Models,
     stage: Stage = None,
     dataset: DatasetPath = None,
+    granularity: GranularityOption = GranularityName.row,
 ) -> None:
     """Tell passes, time and memory of an attribution before it runs."""
     attributor = models.open(record, scoring)
-    typer.echo(str(attributor.plan(read_rows(dataset), asked.read(attributor), stage)))
+    typer.echo(str(attributor.plan(read_rows(dataset), asked.read(attributor), stage, granularity.value)))
 
 
 @command(app)
@@ -163,10 +166,7 @@ def attribute(
     stage: Stage = None,
     dataset: DatasetPath = None,
     index: Index = None,
-    granularity: Annotated[
-        GranularityName,
-        typer.Option(help="Scores of rows, or of each token of them: a pass for every token, so of few rows."),
-    ] = GranularityName.row,
+    granularity: GranularityOption = GranularityName.row,
     std: Annotated[bool, typer.Option("--std", help="Also say how far an ensemble's members differ.")] = False,
     resume: Annotated[
         bool,

@@ -61,6 +61,13 @@ class EnsembleName(StrEnum):
     lora = "lora"
 
 
+class GranularityName(StrEnum):
+    """`--granularity`."""
+
+    row = "row"
+    token = "token"
+
+
 class QueryGranularityName(StrEnum):
     """`--query-granularity`."""
 
@@ -100,6 +107,10 @@ Spans = Annotated[
 QueryGranularityOption = Annotated[
     QueryGranularityName,
     typer.Option("--query-granularity", help="Scores of whole completions, of each token, or of each --span."),
+]
+GranularityOption = Annotated[
+    GranularityName,
+    typer.Option(help="Scores of rows, or of each token of rows: a pass for every token, so of few rows."),
 ]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest generated completion.")]
 Stage = Annotated[str | None, typer.Option(help="Stage whose rows are meant (needed if there are several).")]

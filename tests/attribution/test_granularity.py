@@ -126,6 +126,23 @@ def test_tokens_of_the_rows_that_matter(attributor, queries):
     )
 
 
+def test_a_plan_of_tokens(attributor, queries):
+    """A pass of the row for each of its label tokens; nothing else of the stages is scored."""
+    best = attributor.attribute(None, queries, "sft").select([1, 3])
+    whole, some = (attributor.plan(rows, queries, "sft", "token") for rows in (None, best))
+    rows, stage = attributor.rows(attributor.record.stage("sft")), attributor.record.stage("sft")
+    expected = sum(
+        int((rows.lengths[[1, 3]] * rows.items[[1, 3]] * (segment.num_visits()[[1, 3]] > 0)).sum())
+        for segment in stage.segments
+    )
+    assert [each.score_tokens for each in some.stages] == [expected] and some.stages[0].num_rows == 2
+    assert some.seconds < whole.seconds and whole.stages[0].score_tokens > expected
+    first = attributor.plan(None, queries, "pretrain", "token", "token")
+    assert [each.score_tokens > 0 for each in first.stages] == [False, True] and first.num_queries == 12
+    with pytest.raises(UnsupportedError, match="scores rows as a whole"):
+        attributor.like(method="influence").plan(None, queries, "sft", "token")
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """One segment of SGD, without curvature: a score is a dot product of gradients."""
@@ -221,4 +238,4 @@ def test_an_encoder_decoder_is_asked_as_a_whole(tmp_path):
     _, record = train(tmp_path, model, rows, max_steps=2, num_segments=1)
     own = SourceAttributor(record, progress=False)
     with pytest.raises(UnsupportedError, match="reads its own answer"):
-        own.split(Queries.from_dataset(rows))
+        own.split(Queries.from_rows(rows))

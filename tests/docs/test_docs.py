@@ -278,6 +278,9 @@ def test_the_how_to_runs(given):
     assert set(given["table"]["stage"]) == {"train", "lora"}
     assert sorted(row["source_row"] for row in given["stream"]) == list(range(8))
     given["attributor"] = given["attributor"].like(num_samples=32)
+    exec(section("how-to.md", "Parts of an answer, and tokens of a row"), given)
+    assert len(given["tokens"]) == 5 and len(given["tokens"][0]["source_hungary_tokens"]) > 1
+    assert sum(name.startswith("source_hungary_t") for name in given["each"].column_names) >= 1
     for heading in ("Ask again in seconds", "Score candidates only"):
         exec(section("how-to.md", heading), given)
     assert {"source_hungary", "source_wrong"} <= set(given["answered"].column_names)
