@@ -16,6 +16,7 @@
 Tokens are handed on to `huggingface_hub` and never appear in a message.
 """
 
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,24 @@ def is_open(repo_id: str, repo_type: str) -> bool:
     except (*UNREACHABLE, HFValidationError):
         return False
     return not info.private and not getattr(info, "gated", False)
+
+
+def source_of(dataset: Any) -> str | None:
+    """The Hub repository that a dataset was loaded from, if it says so and there is one only."""
+    files = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
+    found = [re.match(r"hf://datasets/([^/@]+(?:/[^/@]+)?)@", str(name)) for name in files]
+    names = {match[1] if match else None for match in found}
+    return names.pop() if len(names) == 1 else None
+
+
+def present_card(
+    api: HfApi, repo_id: str, repo_type: str, present: list[str], revision: str | None = None
+) -> str | None:
+    """The card that a repository has; `None` if it has none."""
+    if CARD_FILE not in present:
+        return None
+    path = api.hf_hub_download(repo_id, CARD_FILE, repo_type=repo_type, revision=revision)
+    return Path(path).read_text(encoding="utf-8")
 
 
 def refuse_public(repo_id: str, repo_type: str, token: str | bool | None) -> None:

@@ -44,7 +44,7 @@ def folder(tmp_path):
     return Path(shutil.copytree(V1, tmp_path / "record"))
 
 
-@pytest.mark.parametrize("command", ["show", "verify", "push", "pull", "from-checkpoints"])
+@pytest.mark.parametrize("command", ["show", "verify", "push", "push-model", "pull", "from-checkpoints"])
 def test_help(command):
     assert f"record {command}" in call(command, "--help")
 
@@ -110,6 +110,10 @@ def test_push_and_pull(hub, folder, tmp_path, monkeypatch):
     out = call("push", folder, "me/capitals", "--include-rows", "--private")
     assert f"Pushed to {hub.url}/me/capitals/commit/" in out and TOKEN not in out
     assert hub.repositories["me/capitals"]["private"]
+    call("push", folder, "me/open", "--no-include-rows", "--public")
+    assert not hub.repositories["me/open"]["private"]
+    out = call("push-model", folder, "me/model", "--stage", "pretrain", "--record-id", "me/capitals")
+    assert f"Pushed to {hub.url}/me/model/commit/" in out and hub.repositories["me/model"]["private"]
     out = call("pull", "me/capitals", tmp_path / "here")
     assert "Pulled pretrain, sft" in out
     assert "as recorded" in call("verify", tmp_path / "here")

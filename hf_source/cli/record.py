@@ -30,6 +30,14 @@ record_app = typer.Typer(
 )
 
 Folder = Annotated[Path, typer.Argument(help="Folder of the training record.")]
+Private = Annotated[
+    bool | None,
+    typer.Option(
+        "--private/--public",
+        help="Who can see it.",
+        show_default="private unless its rows and base model are known to be open",
+    ),
+]
 RepoId = Annotated[str, typer.Argument(help="Repository on the Hub, as user/name.")]
 
 
@@ -106,7 +114,7 @@ def push(
         bool | None,
         typer.Option(help="Publish the training rows that the record holds, or leave them out.", show_default=False),
     ] = None,
-    private: Annotated[bool | None, typer.Option("--private", help="Make the repository private.")] = None,
+    private: Private = None,
     revision: Revision = None,
 ) -> None:
     """Publish a record on the Hub with a card. Log in first with `hf auth login`."""
@@ -114,6 +122,24 @@ def push(
 
     url = TrainingRecord.load(record).push_to_hub(
         repo_id, include_rows=include_rows, private=private, revision=revision
+    )
+    typer.echo(f"Pushed to {url}.")
+
+
+@command(record_app, "push-model")
+def push_model(
+    record: Folder,
+    repo_id: RepoId,
+    stage: Annotated[str | None, typer.Option(help="Stage whose model it is.", show_default="the last")] = None,
+    record_id: Annotated[str | None, typer.Option(help="Repository of the record, for the card.")] = None,
+    private: Private = None,
+    revision: Revision = None,
+) -> None:
+    """Publish the model that a stage ended with, with its tokenizer and a card. Log in first with `hf auth login`."""
+    from .. import TrainingRecord
+
+    url = TrainingRecord.load(record).push_model_to_hub(
+        repo_id, stage, record_id=record_id, private=private, revision=revision
     )
     typer.echo(f"Pushed to {url}.")
 

@@ -19,11 +19,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from ..errors import ConfigError, DataError
-from ..hub import CARD_FILE, HubError, check_repo_id, commit, is_open
+from ..hub import CARD_FILE, HubError, check_repo_id, commit, is_open, present_card
+from ..outputs.cards import card
 
 
 APP = '''\
@@ -42,17 +42,21 @@ app.launch(Explorer(attributor), server_name="0.0.0.0")
 '''
 
 
-def space_files(record: str, title: str = "Why does the model say that?", **settings: Any) -> dict[str, bytes]:
+def space_files(
+    record: str, title: str = "Why does the model say that?", old_card: str | None = None, **settings: Any
+) -> dict[str, bytes]:
     """What a Space holds: the app, its settings, what it needs, a card, and this library.
 
     Args:
         record: id of the record on the Hub.
         title: of the Space.
+        old_card: that is there, and kept as far as somebody else wrote it.
         settings: of `SourceAttributor`, such as `index="me/my-index"`; JSON-able.
     """
-    card = {"title": title, "sdk": "gradio", "sdk_version": _installed("gradio"), "app_file": "app.py"}
-    card |= {"tags": ["hf_source", "training-data-attribution"], "models": [record]}
-    text = f"---\n{yaml.safe_dump(card, sort_keys=False, allow_unicode=True)}---\n\nRows behind what a model says.\n"
+    header = {"title": title, "sdk": "gradio", "sdk_version": _installed("gradio"), "app_file": "app.py"}
+    header |= {"tags": ["hf_source", "training-data-attribution"], "models": [record]}
+    said = "Rows behind what a model says, with [hf_source](https://arxiv.org/abs/2405.12186)."
+    text = card(header, said, old_card, anew=("sdk", "sdk_version", "app_file", "models"))
     needed = [line for line in requires("hf_source") or [] if "extra ==" not in line]
     found = {
         CARD_FILE: text.encode(),
@@ -102,11 +106,12 @@ def push_space(
     check_repo_id(repo_id)
     private = not is_open(record, "model") if private is None else private
     try:
-        content = space_files(record, **settings)
+        space_files(record, **settings)
     except TypeError as error:
         raise ConfigError(f"The settings of a Space are kept as JSON ({error}): leave out objects.") from error
 
     def operations(api: HfApi, present: list[str]) -> list[CommitOperationAdd]:
+        content = space_files(record, old_card=present_card(api, repo_id, "space", present), **settings)
         return [CommitOperationAdd(name, data) for name, data in content.items()]
 
     try:

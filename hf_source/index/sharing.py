@@ -16,7 +16,8 @@
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
-from ..hub import CARD_FILE, HubError, check_repo_id, commit, refuse_public
+from ..hub import CARD_FILE, HubError, check_repo_id, commit, present_card, refuse_public
+from ..outputs.cards import card
 from .accuracy import accuracy_note
 from .files import MANIFEST, verified
 
@@ -25,15 +26,10 @@ if TYPE_CHECKING:
     from .search import SourceIndex
 
 
-CARD = """---
-tags:
-- hf_source
-- training-data-attribution
-viewer: false
----
-# Index for training-data attribution
+HEADER = {"tags": ["hf_source", "training-data-attribution"], "viewer": False}
+CARD = """# Index for training-data attribution
 
-From this index [hf_source](https://github.com/hf-source/hf_source) tells which training rows made a model say
+From this index [hf_source](https://arxiv.org/abs/2405.12186) tells which training rows made a model say
 something, for any text, without another pass over the rows:
 
 ```python
@@ -53,8 +49,8 @@ the text. {note}
 """
 
 
-def index_card(index: "SourceIndex", repo_id: str) -> str:
-    """The card."""
+def index_card(index: "SourceIndex", repo_id: str, old: str | None = None) -> str:
+    """The card; `old` is kept as far as somebody else wrote it."""
     content = index.content
     shown = {
         **index.settings,
@@ -64,7 +60,7 @@ def index_card(index: "SourceIndex", repo_id: str) -> str:
     }
     table = "\n".join(f"| {key} | `{value}` |" for key, value in shown.items())
     note = accuracy_note(content["stages"], index.stages)
-    return CARD.format(repo_id=repo_id, stage=index.stages[-1], note=note, table=table)
+    return card(HEADER, CARD.format(repo_id=repo_id, stage=index.stages[-1], note=note, table=table), old)
 
 
 def push_index(
@@ -84,9 +80,9 @@ def push_index(
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         old = [name for name in present if name.startswith("rows/") and name not in paths]
-        card = CommitOperationAdd(CARD_FILE, index_card(index, repo_id).encode())
+        text = index_card(index, repo_id, present_card(api, repo_id, "dataset", present, revision))
         added = [CommitOperationAdd(name, str(path)) for name, path in paths.items()]
-        return [card, *added, *(CommitOperationDelete(name) for name in old)]
+        return [CommitOperationAdd(CARD_FILE, text.encode()), *added, *(CommitOperationDelete(name) for name in old)]
 
     given = {"private": private, "token": token, "revision": revision, "commit_message": commit_message}
     try:

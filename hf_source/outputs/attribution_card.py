@@ -11,45 +11,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The card of published scores: what every column means, how far to trust it, how to load it.
+"""The card of published scores: what every column means, how far to trust it, how to load it."""
 
-A card that its owner wrote in is kept: only what stands between two markers is written anew, and in the YAML header
-only `configs`, without which the files could not be loaded. Names and texts come from anywhere and are escaped.
-"""
-
-import re
-import string
 from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
-import yaml
-
-from ..errors import ConfigError
-from ..hub import CARD_FILE
-from .tables import shown
-
-
-BEGIN = (
-    "<!-- hf_source begin: written anew by every push. Write above or below; delete this line to keep your text. -->"
-)
-END = "<!-- hf_source end -->"
-_SECTION = re.compile(r"<!-- hf_source begin:.*?-->.*<!-- hf_source end -->", re.DOTALL)
-_HEADER = re.compile(r"\A---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
-_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
-
-
-def markdown(value: Any, longest: int = 200) -> str:
-    """Any value as plain text of one line, of which Markdown and HTML make nothing."""
-    text = " ".join(shown(str(value)).split())
-    text = text if len(text) <= longest else text[: longest - 3] + "..."
-    escaped = (_ENTITIES.get(c) or (f"\\{c}" if c in string.punctuation else c) for c in text)
-    return "".join(escaped)
-
-
-def code(value: Any) -> str:
-    """A name of ours (method, stage, digest) between backticks or quotes: other characters are dropped."""
-    return re.sub(r"[^\w.\- ]", "", str(value))
+from .cards import card, code, markdown
 
 
 def configs(splits: Mapping[str, str], listed: bool, tokens: bool = False) -> list[dict[str, Any]]:
@@ -89,7 +57,6 @@ def attribution_card(content: Mapping[str, Any], repo_id: str | None, old: str |
     place = repo_id or "path/to/this/folder"
     address = f"hf://datasets/{repo_id}" if repo_id else place
     text = environment.from_string(template).render(**content, place=place, address=address)
-    section = f"{BEGIN}\n\n{text.strip()}\n\n{END}"
     header: dict[str, Any] = {
         "license": "unknown",
         "tags": ["hf_source", "training-data-attribution", "influence-functions", "interpretability"],
@@ -101,32 +68,8 @@ def attribution_card(content: Mapping[str, Any], repo_id: str | None, old: str |
     }
     if sources := _unique(stage["source"] for stage in content["stages"]):
         header["source_datasets"] = sources
-    if old is None:
-        return _joined(header, f"\n{section}\n")
-    kept, body = _parted(old)
-    # A function as replacement: the text is full of backslashes.
-    body = _SECTION.sub(lambda _: section, body, count=1)
-    return _joined({**kept, "configs": header["configs"]} if kept else header, body)
+    return card(header, text, old, anew=["configs"])
 
 
 def _unique(values: Any) -> list[str]:
     return list(dict.fromkeys(value for value in values if value))
-
-
-def _joined(header: Mapping[str, Any], body: str) -> str:
-    return f"---\n{yaml.safe_dump(dict(header), sort_keys=False, allow_unicode=True)}---\n{body}"
-
-
-def _parted(card: str) -> tuple[dict[str, Any], str]:
-    """Header and body of a card."""
-    card = card.replace("\r\n", "\n")
-    found = _HEADER.match(card)
-    if found is None:
-        return {}, card
-    try:
-        header = yaml.safe_load(found[1]) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"The header of the card ({CARD_FILE}) is no YAML: mend or remove it. ({error})") from error
-    if not isinstance(header, dict):
-        raise ConfigError(f"The header of the card ({CARD_FILE}) is no YAML mapping: mend or remove it.")
-    return header, card[found.end() :]

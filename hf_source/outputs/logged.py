@@ -27,8 +27,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..attribution.queries import Queries
 from ..errors import ConfigError
-from .attribution_card import markdown
 from .attribution_files import Attribution
+from .cards import markdown
 from .groups import group_of
 from .tables import shown
 

@@ -23,7 +23,7 @@ from .. import __version__
 from ..attribution.methods import METHODS
 from ..attribution.queries import Queries, same_queries
 from ..errors import ConfigError, DataError
-from ..hub import CARD_FILE, HubError, check_repo_id, commit, is_open, refuse_public
+from ..hub import CARD_FILE, HubError, check_repo_id, commit, is_open, present_card, refuse_public, source_of
 from ..logs import get_logger
 from ..recording import StageRecord
 from ..recording.digest import record_digest
@@ -160,14 +160,6 @@ def _about(stage: StageRecord, texts: bool, source: str | None) -> dict[str, Any
     }
 
 
-def source_of(dataset: Any) -> str | None:
-    """The Hub repository that a dataset was loaded from, if it says so and there is one only."""
-    files = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
-    found = [re.match(r"hf://datasets/([^/@]+(?:/[^/@]+)?)@", str(name)) for name in files]
-    names = {match[1] if match else None for match in found}
-    return names.pop() if len(names) == 1 else None
-
-
 def push_attribution(
     attributor: "SourceAttributor",
     repo_id: str,
@@ -187,9 +179,7 @@ def push_attribution(
     check_repo_id(repo_id)
     queries, names = _asked(attributor, queries, stages)
     said = _said(source_datasets, [stage.name for stage in attributor.record.stages])
-    sources = {
-        name: said.get(name) or source_of(attributor.rows(attributor.record.stage(name)).given) for name in names
-    }
+    sources = {name: said.get(name) or _source(attributor, name) for name in names}
     readable = {source: is_open(source, "dataset") for source in set(sources.values()) if source is not None}
     if private is None:
         private = not all(readable.get(sources[name], False) for name in names) or not _records_are_open(attributor)
@@ -226,6 +216,13 @@ def push_attribution(
         ) from error
 
 
+def _source(attributor: "SourceAttributor", name: str) -> str | None:
+    """Where the rows of a stage come from: those that were given, or that trained."""
+    stage = attributor.record.stage(name)
+    given = attributor.datasets.get(name)
+    return stage.dataset.get("source") if given is None else source_of(given)
+
+
 def _said(source_datasets: str | Mapping[str, str] | None, stages: list[str]) -> dict[str, str]:
     said = dict.fromkeys(stages, source_datasets) if isinstance(source_datasets, str) else dict(source_datasets or {})
     for name, source in said.items():
@@ -246,11 +243,7 @@ def _operations(
     """Add the files, delete those of an earlier attribution; nothing else in the repository is touched."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    card = None
-    if CARD_FILE in present:
-        path = api.hf_hub_download(repo_id, CARD_FILE, repo_type="dataset", revision=revision)
-        card = Path(path).read_text(encoding="utf-8")
-    save_attribution(attribution, folder, repo_id, card)
+    save_attribution(attribution, folder, repo_id, present_card(api, repo_id, "dataset", present, revision))
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     names.sort(key=lambda name: name != CARD_FILE)  # the card comes first
     ours = re.compile(rf"(?:{'|'.join(FOLDERS)})/[^/]+-\d+-of-\d+\.parquet|{re.escape(MANIFEST)}")

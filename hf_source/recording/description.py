@@ -23,6 +23,7 @@ import torch
 
 from ..data import ROW, content_fingerprint, dataset_digest
 from ..errors import UnsupportedError
+from ..hub import source_of
 from ..logs import get_logger
 from .checks import has_dropout, has_router_loss
 from .config import RecordingOptions
@@ -112,6 +113,7 @@ def _describe_dataset(trainer: Any, options: RecordingOptions) -> dict[str, Any]
         "max_length": options.max_length if trainer.train_rows_kind in ("text", "prompt_completion") else None,
         "row_numbers": "column" if trainer.rows_were_numbered else "position",
         "given": _describe_given(trainer.given_dataset),
+        "source": source_of(trainer.given_dataset),
         "packing": trainer.packing,
         "num_examples": trainer.num_train_examples or trainer.num_train_rows,
         "stream": stream,

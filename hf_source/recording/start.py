@@ -301,8 +301,8 @@ def _resumed_stage(options: RecordingOptions, now: Mapping[str, Any], resume_fol
 
 
 def _constant(part: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what a stream only tells while it is read."""
-    grows = {"num_rows", "num_visited", "fingerprint"} if part.get("stream") else set()
+    """Without what a stream only tells while it is read, and where rows come from, which older records do not say."""
+    grows = {"source"} | ({"num_rows", "num_visited", "fingerprint"} if part.get("stream") else set())
     return {"stream": False} | {key: value for key, value in part.items() if key not in grows}
 
 

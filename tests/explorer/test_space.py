@@ -38,10 +38,14 @@ def test_a_space_is_pushed(hub, monkeypatch):
     assert {"hf_source/__init__.py", "hf_source/explorer/templates/rows.html.j2"} <= set(found)
     assert "torch" in found["requirements.txt"].decode().split() and TOKEN.encode() not in b"".join(found.values())
     assert hub.repositories["spaces/me/explorer"]["private"]  # nobody can read the record
+    found["README.md"] = found["README.md"].replace(b"title: Why", b"title: Mine, why") + b"\nBye.\n"
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     words = ["space", "push", "me/record", "me/explorer", "--index", "me/index"]
     assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0
     assert json.loads(hub.files("spaces/me/explorer")["settings.json"])["index"] == "me/index"
+    card = hub.files("spaces/me/explorer")["README.md"].decode()
+    assert "title: Mine, why" in card and card.endswith("\nBye.\n")  # what its owner wrote stays
+    assert yaml.safe_load(card.split("---\n")[1])["sdk_version"] == header["sdk_version"]
 
 
 def test_its_app_starts(story, tmp_path, monkeypatch):

@@ -61,6 +61,16 @@ def test_rows_of_an_earlier_push_go(hub, built, tmp_path, monkeypatch):
     assert name not in hub.files("datasets/me/index")
 
 
+def test_the_card_of_its_owner_is_kept(hub, built):
+    index = SourceIndex.load(built)
+    index.push_to_hub("me/index", token=TOKEN)
+    files = hub.files("datasets/me/index")
+    files["README.md"] = files["README.md"].replace(b"viewer: false", b"viewer: true") + b"\nBye.\n"
+    index.push_to_hub("me/index", token=TOKEN)
+    card = hub.files("datasets/me/index")["README.md"].decode()
+    assert card.endswith("\nBye.\n") and "viewer: true" in card and card.count("# Index for training-data") == 1
+
+
 def test_a_torn_index_is_not_pushed(hub, built, tmp_path):
     copied = shutil.copytree(built, tmp_path / "copied")
     file = sorted((copied / "rows").iterdir())[0]

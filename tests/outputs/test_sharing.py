@@ -28,10 +28,10 @@ from hf_source import Queries, SourceAttributor, load_attribution, save_attribut
 from hf_source.attribution.tokens import token_influence
 from hf_source.cli import app
 from hf_source.errors import ConfigError, DataError
-from hf_source.outputs.attribution_card import BEGIN, END, markdown
+from hf_source.hub import source_of
 from hf_source.outputs.attribution_files import Attribution
 from hf_source.outputs.attribution_tables import aligned, read_parquet, split_names, stage_table, write_parquet
-from hf_source.outputs.sharing import source_of
+from hf_source.outputs.cards import BEGIN, END, markdown
 
 from ..fake_hub import TOKEN
 from ..story import chats, facts

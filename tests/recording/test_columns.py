@@ -182,7 +182,7 @@ def test_columns_are_published_with_the_rows_only(hub, tmp_path):
     record.push_to_hub("me/r", include_rows=False, token=TOKEN)
     assert not any(COLUMNS_FILE in name for name in hub.files("me/r"))
     record.push_to_hub("me/r", include_rows=True, token=TOKEN)
-    assert "`source`, `label`, `weight`, `good`" in hub.files("me/r")["README.md"].decode()
+    assert "what is known of them: source, label, weight, good." in hub.files("me/r")["README.md"].decode()
     assert given(TrainingRecord.load("me/r", token=TOKEN))["source"][:] == rows()["source"][:]
 
 

@@ -16,7 +16,8 @@
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,17 @@ import pyarrow.parquet as pq
 
 from ...data import ROW
 from ...errors import ConfigError, RecordError
+from ...hub import (
+    CARD_FILE,
+    HubError,
+    NoRepositoryError,
+    check_repo_id,
+    commit,
+    is_open,
+    present_card,
+    refuse_public,
+    snapshot,
+)
 from ...logs import get_logger
 from ..rows.columns import COLUMNS_FILE
 from ..rows.stored import NUMBERS, row_files
@@ -34,33 +46,91 @@ from ..writer import RECORD_FILE
 
 if TYPE_CHECKING:
     from .record import TrainingRecord
+    from .stage import StageRecord
 
 logger = get_logger(__name__)
 
-_TEMPLATE = "templates/record_card.md.j2"
-CARD_FILE = "README.md"
+_TEMPLATES = {"record": "templates/record_card.md.j2", "model": "templates/model_card.md.j2"}
 
 
 def push_record(record: "TrainingRecord", repo_id: str, include_rows: bool | None, **commit_settings: Any) -> str:
     """Publish a record. See `TrainingRecord.push_to_hub`, and `commit` for its settings."""
-    from ...hub import HubError, commit
-
+    check_repo_id(repo_id)
     record.require_complete()
     if problems := record.verify():
         raise RecordError("A damaged record is not published. " + " ".join(problems))
     data, changed = _published(record, include_rows)
+    return _commit(
+        record,
+        repo_id,
+        lambda api, present: _operations(
+            record,
+            data,
+            changed,
+            record_card(record, data, repo_id, _card(api, repo_id, present, commit_settings)),
+            present,
+        ),
+        "The record",
+        **commit_settings,
+    )
+
+
+def push_model(
+    record: "TrainingRecord", repo_id: str, stage: "StageRecord", record_id: str | None, **commit_settings: Any
+) -> str:
+    """Publish the model of a stage. See `TrainingRecord.push_model_to_hub`."""
+    from huggingface_hub import CommitOperationAdd
+
+    check_repo_id(repo_id)
+    if record_id is not None:
+        check_repo_id(record_id)
+    model, tokenizer = stage.build_model(), record.processing_class()
+
+    def operations(api: Any, present: list[str]) -> list[Any]:
+        old = _card(api, repo_id, present, commit_settings)
+        text = model_card(stage, repo_id, record_id or record.repo_id, bool(tokenizer), old)
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CARD_FILE)
+        added = [CommitOperationAdd(path.relative_to(folder).as_posix(), str(path)) for path in files]
+        return [CommitOperationAdd(CARD_FILE, text.encode()), *added]
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part in (model, tokenizer):
+            if part is not None:
+                part.save_pretrained(folder)
+        return _commit(record, repo_id, operations, "The model", **commit_settings)
+
+
+def _commit(
+    record: "TrainingRecord", repo_id: str, operations: Callable, what: str, private: bool | None, **settings: Any
+) -> str:
+    """One commit, to a private repository unless all that the record comes from is open."""
+    private = not sources_are_open(record) if private is None else private
     try:
-        return commit(
-            repo_id,
-            "model",
-            lambda _, present: _operations(record, data, changed, repo_id, present),
-            **commit_settings,
-        )
+        if private:
+            refuse_public(repo_id, "model", settings["token"])
+        return commit(repo_id, "model", operations, private=private, **settings)
     except HubError as error:
         raise RecordError(
-            f"The record could not be pushed to {repo_id} ({error}). Check the name, and that you are logged in with "
+            f"{what} could not be pushed to {repo_id} ({error}). Check the name, and that you are logged in with "
             "a token that may write there (`hf auth login`)."
         ) from error
+
+
+def _card(api: Any, repo_id: str, present: list[str], settings: Mapping[str, Any]) -> str | None:
+    return present_card(api, repo_id, "model", present, settings["revision"])
+
+
+def sources_are_open(record: "TrainingRecord") -> bool:
+    """Whether anybody can read the rows of every stage, and the model that the first one started from, on the Hub.
+
+    Not of rows or weights that come from elsewhere: what they are is not known.
+    """
+    sources = {stage.dataset.get("source") for stage in record.stages}
+    base = record.stages[0].model.get("base")
+    if None in (*sources, base) or not all(is_open(source, "dataset") for source in sources):
+        return False
+    return not base or (not Path(base).exists() and is_open(base, "model"))
 
 
 def _published(record: "TrainingRecord", include_rows: bool | None) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -93,25 +163,26 @@ def _numbers_only(file: Path) -> bytes | None:
 
 
 def _operations(
-    record: "TrainingRecord", data: Mapping[str, Any], changed: Mapping[str, bytes], repo_id: str, present: list[str]
+    record: "TrainingRecord", data: Mapping[str, Any], changed: Mapping[str, bytes], card: str, present: list[str]
 ) -> list[Any]:
     """Add what is listed, delete what an earlier record left; nothing else in the repository is touched."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     listed = sorted(name for part in (data, *data["stages"]) for name in part.get("files", {}))
     content = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
-    operations: list[Any] = [CommitOperationAdd(name, changed.get(name, str(record.path / name))) for name in listed]
+    operations: list[Any] = [CommitOperationAdd(CARD_FILE, card.encode())]  # the card comes first
+    operations += [CommitOperationAdd(name, changed.get(name, str(record.path / name))) for name in listed]
     operations.append(CommitOperationAdd(RECORD_FILE, content.encode()))
-    operations.append(CommitOperationAdd(CARD_FILE, record_card(record, data, repo_id).encode()))
     stale = [name for name in present if name.startswith(("stages/", "tokenizer/")) and name not in set(listed)]
     return operations + [CommitOperationDelete(name) for name in stale]
 
 
-def record_card(record: "TrainingRecord", data: Mapping[str, Any], repo_id: str) -> str:
-    """The repository's README: what is in it, how to load it, and what is not known."""
-    from jinja2 import Environment
+def record_card(record: "TrainingRecord", data: Mapping[str, Any], repo_id: str, old: str | None = None) -> str:
+    """The repository's README: what is in it, how to load it, and what is not known; `old` as far as it is another's.
 
-    text = (files("hf_source.outputs") / _TEMPLATE).read_text(encoding="utf-8")
+    Raises:
+        ConfigError: if the header of the old card is no YAML.
+    """
     stages = []
     for stage, entry in zip(record.stages, data["stages"], strict=True):
         shown = [name for name in row_files(stage) if _published_whole(stage, entry, name)]
@@ -131,10 +202,29 @@ def record_card(record: "TrainingRecord", data: Mapping[str, Any], repo_id: str)
                 "visits": stage.data.get("visits", "recorded"),
             }
         )
+    content = {"stages": stages, "versions": data["library_versions"], "schema": data["schema_version"]}
+    tags = ["hf_source", "training-record", "training-data-attribution"]
+    return _rendered("record", tags, old, repo_id=repo_id, **content)
+
+
+def model_card(stage: "StageRecord", repo_id: str, record_id: str | None, tokenizer: bool, old: str | None) -> str:
+    """The README of a model: where it comes from, and how to ask which rows made it say something."""
+    about = {"class": stage.model["class"], "peft": stage.model["peft"], "tokenizer": tokenizer}
+    about |= {"stage": stage.name, "before": [s.name for s in stage.record.stages[: stage.index]]}
+    tags = ["hf_source", "training-data-attribution"]
+    return _rendered("model", tags, old, repo_id=repo_id, record_id=record_id, **about)
+
+
+def _rendered(kind: str, tags: list[str], old: str | None, **content: Any) -> str:
+    from jinja2 import Environment
+
+    from ...outputs.cards import card, markdown
+
+    text = (files("hf_source.outputs") / _TEMPLATES[kind]).read_text(encoding="utf-8")
     environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    return environment.from_string(text).render(
-        repo_id=repo_id, stages=stages, versions=data["library_versions"], schema=data["schema_version"]
-    )
+    environment.filters |= {"text": markdown}
+    header = {"library_name": "hf_source" if kind == "record" else "transformers", "license": "unknown", "tags": tags}
+    return card(header, environment.from_string(text).render(**content), old)
 
 
 def _published_whole(stage: Any, entry: Mapping[str, Any], name: Path) -> bool:
@@ -161,8 +251,6 @@ def download_record(
     Raises:
         RecordError: if there is no such repository, or it cannot be reached.
     """
-    from ...hub import HubError, NoRepositoryError, snapshot
-
     try:
         return snapshot(repo_id, "model", revision=revision, token=token, folder=folder)
     except NoRepositoryError as error:

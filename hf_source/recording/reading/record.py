@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import ConfigError, RecordError
 from ...logs import get_logger
 from ..writer import RECORD_FILE, file_entry, read_record_json
-from .hub import download_record, looks_like_hub_id, push_record
+from .hub import download_record, looks_like_hub_id, push_model, push_record
 from .stage import StageRecord
 
 
@@ -154,10 +154,11 @@ class TrainingRecord:
             repo_id: `"user/name"`; made if it does not exist.
             include_rows: publish the training rows that the record holds, or leave them out. Must be said if it holds
                 any.
-            private: make the repository private.
+            private: make the repository private. By default it is, unless the rows of every stage come from datasets
+                on the Hub that anybody can read, and so does the model that training started from.
             token: what authenticates; default the one of `hf auth login`.
             revision: branch to push to; made if it does not exist.
-            commit_message: of the commit.
+            commit_message: of the commit. Of a card that is there, only the section between the markers changes.
 
         Returns:
             Address of the commit.
@@ -175,6 +176,36 @@ class TrainingRecord:
             revision=revision,
             commit_message=commit_message,
         )
+
+    def push_model_to_hub(
+        self,
+        repo_id: str,
+        stage: str | None = None,
+        *,
+        record_id: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload model",
+    ) -> str:
+        """Publish the model that a stage ended with, and its tokenizer, in one commit, with a card.
+
+        Args:
+            repo_id: `"user/name"`; made if it does not exist.
+            stage: its name; the last by default.
+            record_id: repository of the record, which the card then names.
+            private, token, revision, commit_message: see `push_to_hub`.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            ConfigError: if a public repository was to be private.
+            RecordError: if the stage is not complete or its model cannot be rebuilt, or the Hub refuses.
+        """
+        chosen = self.stage(self.stages[-1].name if stage is None and self.stages else stage)
+        given = {"private": private, "token": token, "revision": revision, "commit_message": commit_message}
+        return push_model(self, repo_id, chosen, record_id, **given)
 
     def check_sizes(self) -> None:
         """Raise `RecordError` if any listed file is missing or not of its size."""
