@@ -249,7 +249,7 @@ def test_a_record_with_checkpoints_is_shown_pushed_and_pulled(hub, whole, tmp_pa
 
     shown = CliRunner().invoke(app, ["record", "show", str(whole.path)], env={"COLUMNS": "200"})
     assert shown.exit_code == 0 and ", ".join(map(str, steps_of(whole)[0])) in shown.output
-    whole.push_to_hub("me/kept", include_rows=True, token=TOKEN)
+    whole.push_to_hub("me/kept", include_rows=True, private=False, token=TOKEN)
     assert steps_of(TrainingRecord.load("me/kept")) == steps_of(whole)
     np.testing.assert_array_equal(scores("me/kept", queries), scores(whole.path, queries))
 
