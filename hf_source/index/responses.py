@@ -29,7 +29,8 @@ from ..curvature import Flow, Response, make_response
 from ..gradients import RowGradients
 from ..gradients.rows import as_rows
 from ..recording import SegmentRecord
-from ..source.walk import check_handover, draw_sample, enter_epochs, open_stage, segment_flow
+from ..source.stages import check_handover, open_stage
+from ..source.walk import draw_sample, enter_epochs, segment_flow
 
 
 if TYPE_CHECKING:

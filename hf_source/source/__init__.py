@@ -16,8 +16,9 @@
 from .products import ExactProducts, Products, SampledProducts
 from .replay_cost import ReplayCost, replay_cost
 from .self_influence import self_influence
+from .stages import WalkSettings, wanted_parameters
 from .unrolled import refuse_inexact, refuse_other_runs, unroll
-from .walk import WalkSettings, draw_sample, score_rows, segment_flow, walk, wanted_parameters
+from .walk import draw_sample, score_rows, segment_flow, walk
 from .work import Work
 
 

@@ -24,8 +24,8 @@ from torch import nn
 from ..budget import clock
 from ..recording import StageRecord
 from .products import ExactProducts, Products, SampledProducts
+from .stages import Vectors, WalkSettings, open_stage
 from .unrolled import RecordedRun, Snapshot, unfused
-from .walk import Vectors, WalkSettings, open_stage
 
 
 _DRAWS, _QUERIES = 2, 4

@@ -40,7 +40,8 @@ from ..curvature.joint import groups_within
 from ..gradients import RowGradients
 from ..gradients.rows import as_rows
 from ..recording import StageRecord
-from .walk import WalkSettings, draw_sample, segment_flow
+from .stages import WalkSettings
+from .walk import draw_sample, segment_flow
 
 
 Apply = Callable[[str, torch.Tensor], torch.Tensor]

@@ -43,7 +43,8 @@ from ..recording.optimizers import OptimizerDescription, build_optimizer
 from ..recording.reading.assumed import require_recorded_visits
 from ..recording.warm import load_optimizer_state
 from .products import ExactProducts, Products
-from .walk import Vectors, WalkSettings, enter_epochs, open_stage, score_rows
+from .stages import Vectors, WalkSettings, open_stage
+from .walk import enter_epochs, score_rows
 
 
 State = dict[str, dict[str, torch.Tensor]]

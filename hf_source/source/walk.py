@@ -25,7 +25,6 @@ spread over them (the paper's own form; averages are its FAST-SOURCE).
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -35,49 +34,14 @@ from torch import nn
 
 from ..budget import with_smaller_batches
 from ..curvature import FisherSample, Flow, JointCurvature, as_preconditioners, systematic_sample
-from ..errors import UnsupportedError
 from ..gradients import RowGradients, RowLossTask
 from ..gradients.contraction import add_dots
 from ..gradients.rows import as_rows
 from ..gradients.rules import Call, Rule
 from ..gradients.task import task_labels
 from ..recording import SegmentRecord, StageRecord
-from .work import Work
-
-
-Vectors = dict[str, torch.Tensor]
-
-
-@dataclass
-class WalkSettings:
-    """What a walk needs beside the record.
-
-    Attributes:
-        curvature: object with `propagate(vectors, flow, sample)`.
-        num_samples: rows of the sample matrix of each segment.
-        dtype: of gradients and scores' arithmetic.
-        device: where the model runs.
-        seed: of the sampled rows and labels.
-        share: `(process index, number of processes)`; each process scores its share of the rows.
-        momentum: weigh each visit by the updates that applied its gradient, rather than by the step that took it.
-        progress: wraps an iterable with a description, e.g. in a progress bar.
-        checkpoints: take gradients at the weights stored along a segment, where there are any.
-        targets: stage name -> what is scored in place of all rows of the stage, such as the tokens of a few of them
-            (`RowTokens`); samples of the curvature are still drawn from the rows.
-        work: keeps what is done.
-    """
-
-    curvature: Any
-    num_samples: int
-    dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
-    seed: int = 0
-    share: tuple[int, int] = (0, 1)
-    momentum: bool = False
-    progress: Callable[[Sequence, str], Any] = lambda items, description: items
-    checkpoints: bool = False
-    targets: Mapping[str, Any] = field(default_factory=dict)
-    work: Work = field(default_factory=Work)
+from .resume import Resume, work_key
+from .stages import Vectors, WalkSettings, open_stage
 
 
 def walk(
@@ -103,7 +67,7 @@ def walk(
         UnsupportedError: if a stage does not start from the weights the one before it ended with.
     """
     vectors: Vectors | None = None
-    resume = _Resume(stages, settings.work)
+    resume = Resume(stages, settings.work)
     for position in range(len(stages) - 1, -1, -1):
         stage, own = stages[position], rows[stages[position].name]
         if resume.is_done(position):
@@ -123,128 +87,12 @@ def walk(
                 scores = resume.scores(position, targets, len(next(iter(vectors.values()))))
             carry = position > 0 or segment is not stage.segments[0]
             vectors = _through_segment(
-                segment, stage, own, gradients, vectors, scores, settings, carry, names, _key(position, segment)
+                segment, stage, own, gradients, vectors, scores, settings, carry, names, work_key(position, segment)
             )
             resume.finished(position, segment)
         vectors = {names[name]: vector for name, vector in vectors.items()}
         del gradients
         yield stage, scores
-
-
-class _Resume:
-    """What an earlier run of the same walk left: which segments are scored, and the vectors before the next one.
-
-    Args:
-        stages: in the order of training.
-        work: where it is kept.
-    """
-
-    def __init__(self, stages: Sequence[StageRecord], work: Work) -> None:
-        self.stages, self.work = stages, work
-        order = [(position, segment) for position in range(len(stages) - 1, -1, -1)
-                 for segment in reversed(stages[position].segments)]  # fmt: skip
-        self.done = set()
-        self.last: tuple[int, SegmentRecord] | None = None
-        for position, segment in order:
-            if not work.has(f"{_key(position, segment)}.done"):
-                break
-            self.done.add((position, segment.index))
-            self.last = (position, segment)
-        # Vectors after the last segment that is done; a walk that is done as a whole keeps none.
-        if self.last is not None and len(self.done) < len(order):
-            if not work.has(f"{_key(*self.last)}.carried"):
-                self.done, self.last = set(), None
-
-    def is_done(self, position: int, segment: SegmentRecord | None = None) -> bool:
-        """Whether a segment's rows are scored, or those of all segments of a stage."""
-        segments = self.stages[position].segments if segment is None else [segment]
-        return all((position, each.index) in self.done for each in segments)
-
-    def vectors(
-        self, position: int, entering: Vectors | None, device: torch.device
-    ) -> tuple[Vectors | None, Vectors | None]:
-        """Vectors that a stage starts with, by canonical name: those that enter it at its end, or those inside it."""
-        if self.last is None or entering is not None:
-            return entering, None
-        found = self.work.load(f"{_key(*self.last)}.carried", device)
-        return (None, found) if self.last[0] == position else (found, None)
-
-    def finished(self, position: int, segment: SegmentRecord) -> None:
-        """A segment is done: the vectors before the one that is done now are no longer needed."""
-        if self.last is not None:
-            self.work.drop(f"{_key(*self.last)}.carried")
-        self.last = (position, segment)
-
-    def scores(self, position: int, rows: Any, count: int | None = None) -> np.ndarray:
-        """Scores of a stage so far; `count` queries, if nothing says how many there are."""
-        stage, scores = self.stages[position], None
-        width = getattr(rows, "count", stage.num_rows)
-        for segment in reversed(stage.segments):
-            if not self.is_done(position, segment):
-                continue
-            done = self.work.load(f"{_key(position, segment)}.done")
-            places, count = int(done["places"]), int(done["queries"])
-            for place in range(places):
-                for pieces, found in self.work.scored(f"{_key(position, segment)}-{place}", [], None):
-                    if scores is None:
-                        scores = np.zeros((len(found), width), dtype=np.float32)
-                    np.add.at(scores, (slice(None), rows.row[pieces]), found)
-        return np.zeros((count or 0, width), dtype=np.float32) if scores is None else scores
-
-
-def _key(position: int, segment: SegmentRecord) -> str:
-    return f"{position}-{segment.index}"
-
-
-def open_stage(
-    stages: Sequence[StageRecord],
-    position: int,
-    rows: Mapping[str, Any],
-    query_gradients: Callable[[RowGradients], Vectors],
-    settings: WalkSettings,
-    models: Callable[[StageRecord], nn.Module],
-    vectors: Vectors | None,
-) -> tuple[RowGradients, dict[str, str], Vectors]:
-    """Enter a stage at its end.
-
-    Args:
-        stages, rows, query_gradients, settings, models: see `walk`.
-        position: of the stage among the stages.
-        vectors: at the start of the stage after it, by canonical name; `None` for the last stage.
-
-    Returns:
-        The engine of the stage's model, canonical names of its parameters, and the vectors at its end by own name.
-    """
-    stage = stages[position]
-    model = models(stage).to(settings.device, settings.dtype).eval()
-    names = wanted_parameters(model, stages[: position + 1])
-    own = rows[stage.name]
-    gradients = RowGradients(model, own.task, list(names))
-    own.prepare(gradients)
-    gradients.check(own.collated(own.shortest(2), settings.device))
-    if vectors is not None:
-        return gradients, names, enter_stage(vectors, names, stages, position, gradients)
-    stage.load_weights(model, "final")
-    return gradients, names, query_gradients(gradients)
-
-
-def wanted_parameters(model: nn.Module, stages: Sequence[StageRecord]) -> dict[str, str]:
-    """Parameters of the last stage's model that this or an earlier stage trains: its own name -> canonical name.
-
-    Weights frozen in this stage but trained before carry influence through it, so they are wanted too.
-    """
-    linked = []  # stages that weights were handed on from
-    for stage in reversed(stages):
-        linked.append(stage)
-        if not stage.continues_parent:
-            break
-    trained = {stage.canonical_name(name) for stage in linked for name in stage.trainable}
-    own, last = set(stages[-1].trainable), stages[-1]
-    return {
-        name: last.canonical_name(name)
-        for name, _ in model.named_parameters()
-        if name in own or last.canonical_name(name) in trained
-    }
 
 
 def segment_flow(segment: SegmentRecord, gradients: RowGradients, settings: WalkSettings) -> Flow:
@@ -397,47 +245,3 @@ def score_rows(
     zero = like.new_zeros((count, num_rows))
     result = torch.stack([totals.get(index, zero) for index in range(len(parts or [0]))])
     return result.cpu() if parts is not None else result[0].cpu()
-
-
-def enter_stage(
-    vectors: Vectors,
-    names: Mapping[str, str],
-    stages: Sequence[StageRecord],
-    position: int,
-    gradients: RowGradients,
-) -> Vectors:
-    """Vectors at the end of an earlier stage, under the names of its model.
-
-    Args:
-        vectors: at the start of stage `position + 1`, by canonical name.
-        names: from `wanted_parameters` of stage `position`.
-        stages, position: in the order of training, and the stage entered.
-        gradients: engine of the entered stage's model.
-
-    Raises:
-        UnsupportedError: if the later stage does not start where this one ended, or changed a parameter's shape.
-    """
-    check_handover(stages[position], stages[position + 1])
-    count = next(iter(vectors.values()))
-    entered = {}
-    for name, canonical in names.items():
-        parameter = gradients.parameters[name]
-        vector = vectors.get(canonical)
-        if vector is None:  # a part that the later stage replaced: what it learnt had no way to the answer
-            vector = count.new_zeros((len(count), *parameter.shape))
-        if vector.shape[1:] != parameter.shape:
-            raise UnsupportedError(
-                f"Parameter {name!r} has shape {tuple(parameter.shape)} in stage {stages[position].name!r} and "
-                f"{tuple(vector.shape[1:])} in the next one: resize embeddings before the first recorded stage."
-            )
-        entered[name] = vector
-    return entered
-
-
-def check_handover(earlier: StageRecord, later: StageRecord) -> None:
-    """A stage must start from the weights the one before it ended with, or influence cannot pass between them."""
-    if not later.continues_parent:
-        raise UnsupportedError(
-            f"Stage {later.name!r} does not start from the weights stage {earlier.name!r} ended with: train it from "
-            "the recorded model, or record the stages in separate records."
-        )
