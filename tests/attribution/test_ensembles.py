@@ -33,7 +33,7 @@ from ..cases import byte_tokenizer, config, tiny_gpt2, tiny_llama
 from ..story import facts, tell
 
 
-REPLAYING_OR_READING = ("stepwise", "unrolled", "bm25", "embedding")
+REPLAYING_OR_READING = ("auto", "stepwise", "unrolled", "bm25", "embedding")
 OF_DIFFUSION = {name for name in METHODS if name.startswith("diffusion-")}  # these score images
 GRADIENT_METHODS = sorted(set(METHODS) - set(REPLAYING_OR_READING) - OF_DIFFUSION)
 # PEFT reads a property that transformers has deprecated; not ours to mend.
