@@ -27,6 +27,7 @@ Two sets of rows: `wiki`, beginnings of Wikipedia summaries (32 tokens), and `fa
     python benchmarks/bench_lm_lds.py --rows facts           # without the package
 
 Lines of `source` take gradients at the segments' average weights (`fast-source`), but for the one with checkpoints.
+`signs` draws random signs of all classes in the place of labels (`probes="signs"`).
 `5 products` is conjugate gradient with so many products with the Gauss-Newton matrix of all rows.
 
 `unrolled` is the exact derivative by rows; `exact derivative` that towards each subset's removal, of the very same
@@ -94,8 +95,13 @@ METHODS = {
     "source joint": {},
     "source joint, visits without momentum": {"momentum": False},
     "source joint, 2 checkpoints": {"method": "source"},
+    "source joint, signs": {"probes": "signs"},
+    "source ekfac, signs": {"curvature": "ekfac", "probes": "signs"},
     "stepwise, 4 draws": {"method": "stepwise", "draws": 4},
     "stepwise, 16 draws": {"method": "stepwise", "draws": 16},
+    "stepwise, 4 draws, signs": {"method": "stepwise", "draws": 4, "probes": "signs"},
+    "stepwise, 16 draws, signs": {"method": "stepwise", "draws": 16, "probes": "signs"},
+    "stepwise, 64 draws, signs": {"method": "stepwise", "draws": 64, "probes": "signs"},
     "unrolled": {"method": "unrolled"},
     "influence ekfac, 5 products": {"method": "influence", "curvature": "ekfac", "solver": "cg", "iterations": 5},
     "influence joint, 5 products": {"method": "influence", "curvature": "joint", "solver": "cg", "iterations": 5},

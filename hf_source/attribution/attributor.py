@@ -30,7 +30,7 @@ from .. import __version__
 from ..budget import parse_bytes
 from ..curvature import make_curvature
 from ..errors import ConfigError, DataError, UnsupportedError
-from ..gradients import Loss, Measurement, Task, describe_measurement
+from ..gradients import PROBES, Loss, Measurement, Task, describe_measurement
 from ..logs import get_logger
 from ..outputs.columns import add_score_columns, check_names, top_table, with_note
 from ..outputs.token_columns import add_token_columns, check_token_names, token_texts
@@ -76,6 +76,8 @@ class SourceAttributor(RunReader):
         tail: give `joint` its block-diagonal tail.
         momentum: weigh a row's visits by the updates that its gradients really entered through momentum; `False` gives
             them the learning rate of the step that took them, as in the paper.
+        probes: what the sampled gradients of the curvature are drawn with: `"labels"` from the model, or random
+            `"signs"`, which are less noisy and cost the same, for losses that are the cross-entropy of a softmax.
         datasets: stage name -> dataset, for stages whose rows the record does not hold or that are given anew.
         model: a callable giving a fresh model for a stage, for architectures that transformers cannot rebuild.
         task: what defines a row's loss, for stages where the record does not say it (if it does in each: for all of
@@ -116,6 +118,7 @@ class SourceAttributor(RunReader):
         num_samples: int = 1024,
         tail: bool = True,
         momentum: bool = True,
+        probes: str = "labels",
         datasets: Mapping[str, Dataset] | None = None,
         model: Callable[[StageRecord], nn.Module] | None = None,
         task: Task | Mapping[str, Task] | None = None,
@@ -137,6 +140,8 @@ class SourceAttributor(RunReader):
             raise ConfigError(f"method={method!r} is unknown; choose one of {', '.join(sorted(METHODS))}.")
         if not isinstance(num_samples, int) or num_samples < 1:
             raise ConfigError(f"num_samples={num_samples!r}: at least one sampled gradient is needed (1024 is usual).")
+        if probes not in PROBES:
+            raise ConfigError(f"probes={probes!r} is unknown; choose one of {', '.join(PROBES)}.")
         if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.float64, torch.bfloat16):
             raise ConfigError(f"dtype={dtype!r}: gradients are taken in torch.float32, float64 or bfloat16.")
         if seed < 0:
@@ -160,6 +165,7 @@ class SourceAttributor(RunReader):
             "num_samples": num_samples,
             "tail": tail,
             "momentum": momentum,
+            "probes": probes,
             "model": model,
             "task": task,
             "measurement": measurement,
@@ -180,7 +186,7 @@ class SourceAttributor(RunReader):
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.curvature = make_curvature(curvature, tail=tail, memory_budget=self.memory_budget, **own)
         self.num_samples = num_samples
-        self.momentum = momentum
+        self.momentum, self.probes = momentum, probes
         self.seed = seed
         super().__init__(
             records[0],
@@ -257,6 +263,8 @@ class SourceAttributor(RunReader):
         own = {field.name: getattr(self.options, field.name) for field in fields(self.options)}
         read = () if METHODS[self.method].reads_text else ("curvature", "num_samples", "tail", "momentum")
         common = {key: self._given[key] for key in read}
+        if read and self.probes != "labels":
+            common["probes"] = self.probes
         if self._measurement != Loss():
             common["measurement"] = describe_measurement(self._measurement)
         named = {"task": self._task, "data_collator": self.data_collator}
@@ -289,6 +297,7 @@ class SourceAttributor(RunReader):
             (self.accelerator.process_index, self.accelerator.num_processes),
             self.momentum,
             self.progress,
+            probes=self.probes,
         )
 
     def split(self, queries: Queries, granularity: QueryGranularity = "token") -> Queries:

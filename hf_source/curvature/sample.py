@@ -28,7 +28,8 @@ import torch
 
 from ..gradients.rows import Pass, RowGradients, as_rows
 from ..gradients.rules import Call, Rule
-from ..gradients.task import RowLossTask, task_labels
+from ..gradients.signs import curvature_task
+from ..gradients.task import task_labels
 from .columns import Columns
 
 
@@ -65,6 +66,7 @@ class FisherSample:
             another number than that of their items.
         entering: batch number -> what to do before that batch and those after it, where a sample is spread over
             several weights: put them into the model. The first batch has to be among them, if there is any.
+        probes: `"labels"` or `"signs"`; see `gradients/signs.py`.
     """
 
     def __init__(
@@ -74,14 +76,12 @@ class FisherSample:
         seed: int = 0,
         objective_scale: float = 1.0,
         entering: Mapping[int, Callable[[], None]] | None = None,
+        probes: str = "labels",
     ) -> None:
         self.entering = entering or {}
-        self.gradients = gradients
         self.batches = batches
-        task = gradients.task
-        if isinstance(task, RowLossTask):
-            self.gradients = gradients.with_task(task.unsmoothed())
-        labels = [task_labels(task, batch) for batch in batches]
+        self.gradients = gradients.with_task(curvature_task(gradients.task, probes))
+        labels = [task_labels(self.gradients.task, batch) for batch in batches]
         self.size = sum(map(len, labels))
         items = sum(int(gradients.task.num_items(part).sum()) for part in labels)
         self.objective_scale = objective_scale

@@ -30,6 +30,7 @@ from .measurement import (
 from .preference import DPOTask, PairTask, RewardTask
 from .rows import Pass, RowGradients
 from .selection import is_known, task_for
+from .signs import PROBES, SignedTask, curvature_task
 from .speech import CTCTask
 from .task import (
     CausalLMTask,
@@ -58,6 +59,9 @@ __all__ = [
     "Loss",
     "MEASUREMENTS",
     "Margin",
+    "PROBES",
+    "SignedTask",
+    "curvature_task",
     "Measurement",
     "MultiLabelTask",
     "RegressionTask",

@@ -131,7 +131,7 @@ def _final_sample(responses: Responses, size: int, seed: int) -> FisherSample:
     pool = rows.trained[rows.items[rows.trained] > 0]
     numbers = np.sort(generator.choice(pool, size=min(size, len(pool)), replace=False))
     batches = [rows.collated(part, responses.settings.device) for part in rows.batches(numbers)]
-    return FisherSample(gradients, batches, seed + responses.settings.seed)
+    return FisherSample(gradients, batches, seed + responses.settings.seed, probes=responses.settings.probes)
 
 
 def _check_queries(responses: Responses) -> Vectors:

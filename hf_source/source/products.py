@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from ..curvature.eigen import eigh
-from ..gradients import RowGradients, RowLossTask, task_labels
+from ..gradients import RowGradients, curvature_task, task_labels
 from ..gradients.rows import as_rows
 
 
@@ -100,17 +100,18 @@ class SampledProducts(Products):
             pass for every draw, for any number of queries.
         cache_bytes: per-row gradients of a batch up to this size are kept between the two turns of a draw, which
             otherwise makes them twice.
+        probes: `"labels"` or `"signs"`; see `gradients/signs.py`.
     """
 
     draws: int = 16
     cache_bytes: int = 2**28
+    probes: str = "labels"
     exact = False
 
     def __call__(self, gradients, batch, forces, normalizer, step_sizes=None, seed=0) -> Vectors:
         """See `Products`."""
         forces, step_sizes = dict(forces), step_sizes or {}
-        if isinstance(gradients.task, RowLossTask):  # smoothed cross-entropy has the curvature of the plain one
-            gradients = gradients.with_task(gradients.task.unsmoothed())
+        gradients = gradients.with_task(curvature_task(gradients.task, self.probes))
         total: Vectors = {}
         generators = [torch.Generator().manual_seed(seed + 104729 * draw) for draw in range(self.draws)]
         for done in gradients.draws(batch, generators):

@@ -102,7 +102,7 @@ def replay_cost(
     return ReplayCost(
         _shortest(lambda: run.next(step, before), device),
         _shortest(lambda: run.step_back(step, state, vectors, None, scores), device),
-        _shortest(lambda: products(SampledProducts(_DRAWS), forces), device) / _DRAWS,
+        _shortest(lambda: products(SampledProducts(_DRAWS, probes=settings.probes), forces), device) / _DRAWS,
         query,
         sizes[step],
     )

@@ -47,6 +47,7 @@ class WalkSettings:
         targets: stage name -> what is scored in place of all rows of the stage, such as the tokens of a few of them
             (`RowTokens`); samples of the curvature are still drawn from the rows.
         work: keeps what is done.
+        probes: what sampled gradients are drawn with, `"labels"` or `"signs"`.
     """
 
     curvature: Any
@@ -60,6 +61,7 @@ class WalkSettings:
     checkpoints: bool = False
     targets: Mapping[str, Any] = field(default_factory=dict)
     work: Work = field(default_factory=Work)
+    probes: str = "labels"
 
 
 def open_stage(

@@ -370,6 +370,16 @@ def test_plan_of_unrolling_counts_every_visit(story, queries, settings, products
     assert "states of the run" in plan.memory
 
 
+@pytest.mark.parametrize("method", ["source", "stepwise", "influence"])
+def test_signs_in_place_of_labels(story, queries, method):
+    labels, signs = (attributor(story, method=method, probes=probes) for probes in ("labels", "signs"))
+    found = [walker.scores(None, queries, "sft") for walker in (labels, signs)]
+    assert not np.array_equal(*found) and np.corrcoef(found[0].ravel(), found[1].ravel())[0, 1] > 0.8
+    assert signs.settings() == labels.settings() | {"probes": "signs"} == signs.like().settings()
+    with pytest.raises(ConfigError, match="probes='coins' is unknown; choose one of labels, signs"):
+        attributor(story, method=method, probes="coins")
+
+
 def test_draws_must_be_positive(story):
     with pytest.raises(ConfigError, match="draws=0.*16 is usual"):
         attributor(story, method="stepwise", draws=0)

@@ -100,11 +100,12 @@ def test_sampled_products_are_the_flows_of_their_own_samples(monkeypatch, precon
     assert relative_error(flat(found, names) * size, vectors - carried) < 1e-8
 
 
-def test_sampled_products_are_gauss_newton_products_on_average():
+@pytest.mark.parametrize("probes", ["labels", "signs"])
+def test_sampled_products_are_gauss_newton_products_on_average(probes):
     model, names, gradients = engine()
     batch, forces = make_batch((4, 3)), queries_for(model, names)
     often = {name: value.repeat(20, 1) for name, value in batch.items()}  # 20 copies of each row, a draw for each
-    found = SampledProducts(draws=150)(gradients, often, forces, 20 * NORMALIZER)
+    found = SampledProducts(draws=150, probes=probes)(gradients, often, forces, 20 * NORMALIZER)
     oracles.trainable(model)
     dense = oracles.gauss_newton(model, names, batch) * oracles.num_items(batch) / NORMALIZER
     expected = flat(forces, names) @ dense

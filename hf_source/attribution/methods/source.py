@@ -109,7 +109,7 @@ def stepwise(attributor: "SourceAttributor", queries: Queries) -> Scores:
     Exact unrolling, but for the curvature of a step's batch, which is the Gauss-Newton matrix of labels drawn from the
     model (`source/products.py`).
     """
-    return _unroll(attributor, queries, SampledProducts(attributor.options.draws))
+    return _unroll(attributor, queries, SampledProducts(attributor.options.draws, probes=attributor.probes))
 
 
 def _unroll(attributor: "SourceAttributor", queries: Queries, products: Products) -> Scores:
