@@ -30,6 +30,7 @@ from ..errors import ConfigError
 from .attribution_files import Attribution
 from .cards import markdown
 from .groups import group_of
+from .numbers import signed
 from .tables import shown
 
 
@@ -61,7 +62,7 @@ class RowTable:
         lines = [f"{markdown(self.prompt, 500)} **{markdown(self.completion, 500)}**", ""]
         lines += [f"| {' | '.join(self.COLUMNS)} |", "|---:|---|---:|---|"]
         for score, stage, row, text in self.rows:
-            lines.append(f"| {score:+.4f} | {markdown(stage)} | {row} | {markdown(text, _LONGEST)} |")
+            lines.append(f"| {signed(score)} | {markdown(stage)} | {row} | {markdown(text, _LONGEST)} |")
         return "\n".join([*lines, "", markdown(self.trust, 2000)]).strip()
 
     def wandb(self) -> Any:

@@ -27,6 +27,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ..attribution.queries import Queries
 from ..attribution.tokens import TokenInfluence, Tokens
 from .groups import Group
+from .numbers import signed
 from .pictures import Pictures
 
 
@@ -127,7 +128,7 @@ def write_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent}
+    environment.filters |= {"percent": _percent, "signed": signed}
     details = details or Details()
     html = environment.get_template("page.html.j2").render(
         title=title,

@@ -30,6 +30,7 @@ from ..errors import DataError
 from .attribution_files import Attribution
 from .groups import Group, column_groups, group_of, grouping_columns
 from .histogram import histogram
+from .numbers import signed
 from .page import AnswerFigures, Details, write_page
 from .pictures import pictures_of
 
@@ -187,13 +188,13 @@ def _sentences(stages: list[Group], top: list[Mapping[str, Any]], unit: str) -> 
         found.append(f"The support for this answer comes {', '.join(parts[:-1])} and {parts[-1]}.")
     best = max(top, key=lambda row: row["score"], default=None)
     if best is not None and best["score"] > 0:
-        text = f"Its strongest support is row {best['row']} of stage {best['stage']}, worth {best['score']:+.4f}"
+        text = f"Its strongest support is row {best['row']} of stage {best['stage']}, worth {signed(best['score'])}"
         if unit == "nats":
             text += f" nats: without it the answer would have {_factor(-best['score'])} its probability"
         found.append(text + ".")
     worst = min(top, key=lambda row: row["score"], default=None)
     if worst is not None and worst["score"] < 0:
-        text = f"Row {worst['row']} of stage {worst['stage']} opposes it most, with {worst['score']:+.4f}"
+        text = f"Row {worst['row']} of stage {worst['stage']} opposes it most, with {signed(worst['score'])}"
         if unit == "nats":
             text += f" nats: without it the answer would have {_factor(-worst['score'])} its probability"
         found.append(text + ".")

@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..attribution.queries import Queries
+from .numbers import signed
 
 
 def print_top(
@@ -52,7 +53,7 @@ def print_top(
             note = marked.get((name, row["stage"], row["row"]), "")
             table.add_row(
                 Text(shown(row["stage"])),
-                Text(f"{row['score']:+.4f}", style),
+                Text(signed(row["score"]), style),
                 str(row["row"]),
                 Text.assemble(_one_line(row["text"]), (f"  {shown(note)}" if note else "", "bold yellow")),
             )

@@ -29,6 +29,7 @@ from hf_source.outputs.attribution_files import Attribution
 from hf_source.outputs.groups import MOST, NONE, OTHERS, column_groups, group_of, grouping_columns
 from hf_source.outputs.histogram import BINS, histogram
 from hf_source.outputs.page import _excerpt, shaded
+from hf_source.outputs.numbers import signed
 from hf_source.outputs.report import NOT_MEASURED, write_report
 from hf_source.outputs.trust import store_evaluation
 
@@ -310,3 +311,11 @@ def test_the_report_by_keyboard(browser, written):
         page.keyboard.press("Tab")
         page.keyboard.press("Enter")
         assert page.locator("details.more").first.get_attribute("open") is not None
+
+
+@pytest.mark.parametrize(
+    ("score", "read"),
+    [(0.0, "+0.0000"), (1.25, "+1.2500"), (-0.0005, "-0.0005"), (0.0004, "+4.0e-04"), (-7.21e-9, "-7.2e-09")],
+)
+def test_small_scores_can_be_read(score, read):
+    assert signed(score) == read

@@ -1,0 +1,19 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Scores as people read them."""
+
+
+def signed(score: float) -> str:
+    """A score with its sign: four decimals, or, where they would say nothing, two digits and a power of ten."""
+    return f"{score:+.4f}" if score == 0 or abs(score) >= 5e-4 else f"{score:+.1e}"
