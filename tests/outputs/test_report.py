@@ -28,8 +28,8 @@ from hf_source.errors import ConfigError, DataError
 from hf_source.outputs.attribution_files import Attribution
 from hf_source.outputs.groups import MOST, NONE, OTHERS, column_groups, group_of, grouping_columns
 from hf_source.outputs.histogram import BINS, histogram
-from hf_source.outputs.page import _excerpt, shaded
 from hf_source.outputs.numbers import signed
+from hf_source.outputs.page import _excerpt, shaded
 from hf_source.outputs.report import NOT_MEASURED, write_report
 from hf_source.outputs.trust import store_evaluation
 
