@@ -13,6 +13,9 @@
 # limitations under the License.
 """Run the notebooks and keep their outputs: `python notebooks/execute.py [NAME.ipynb ...]`, by default all of them.
 
+With `--badges` only their first cell is written anew, which opens them in Colab: it links the repository that
+pyproject.toml names.
+
 Each runs in a temporary folder, so that no output holds a path of this machine and nothing is left behind.
 """
 
@@ -20,6 +23,7 @@ import os
 import sys
 import tempfile
 import time
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -27,6 +31,28 @@ from nbclient import NotebookClient
 
 
 FOLDER = Path(__file__).parent
+BADGE = "badge"
+"""Tag of the cell that opens a notebook in Colab."""
+
+
+def badge(path: Path) -> str:
+    """Markdown that opens a notebook in Colab, and says how to install the library there."""
+    project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    repository = project["urls"]["Repository"]
+    place = repository.removeprefix("https://github.com/")
+    return (
+        "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+        f"(https://colab.research.google.com/github/{place}/blob/main/notebooks/{path.name})\n\n"
+        f'On Colab, first run `!pip install "{project["name"]}[demo,plot] @ git+{repository}"`.'
+    )
+
+
+def with_badge(notebook: nbformat.NotebookNode, path: Path) -> nbformat.NotebookNode:
+    """The notebook with its badge as the first cell."""
+    if BADGE not in notebook.cells[0].metadata.get("tags", []):
+        notebook.cells.insert(0, nbformat.v4.new_markdown_cell(metadata={"tags": [BADGE]}, id=BADGE))
+    notebook.cells[0].source = badge(path)
+    return notebook
 
 
 def execute(path: Path, changes: str = "", folder: Path | None = None, check: str = "") -> nbformat.NotebookNode:
@@ -65,7 +91,10 @@ def execute(path: Path, changes: str = "", folder: Path | None = None, check: st
 
 
 if __name__ == "__main__":
-    for given in map(Path, sys.argv[1:] or sorted(FOLDER.glob("*.ipynb"))):
+    only_badges = "--badges" in sys.argv
+    names = [name for name in sys.argv[1:] if name != "--badges"]
+    for given in map(Path, names or sorted(FOLDER.glob("*.ipynb"))):
         start = time.perf_counter()
-        nbformat.write(execute(given), given)
+        notebook = nbformat.read(given, as_version=4) if only_badges else execute(given)
+        nbformat.write(with_badge(notebook, given), given)
         print(f"{given.name}: {time.perf_counter() - start:.0f} s")

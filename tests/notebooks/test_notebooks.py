@@ -17,6 +17,7 @@
 import json
 import re
 import runpy
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,19 @@ def code_cells(path):
 def test_every_notebook_is_known():
     listed = re.findall(r"\]\((\w+)\.ipynb\)", (NOTEBOOKS / "README.md").read_text(encoding="utf-8"))
     assert sorted(listed) == sorted(SMALL) == [path.stem for path in PATHS]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_badges(path):
+    """Each opens itself in Colab, from the one place that says where the repository is."""
+    pytest.importorskip("nbformat")
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    expected = runpy.run_path(str(NOTEBOOKS / "execute.py"))["badge"](path)
+    assert "".join(cells[0]["source"]) == expected, "run notebooks/execute.py --badges"
+    assert sum("colab-badge.svg" in "".join(cell["source"]) for cell in cells) == 1
+    repository = tomllib.loads((NOTEBOOKS.parent / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    assert f"/github/{repository.split('github.com/')[1]}/blob/main/notebooks/{path.name})" in expected
+    assert f"git+{repository}" in expected
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
