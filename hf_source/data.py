@@ -60,9 +60,17 @@ def dataset_kind(column_names: Sequence[str]) -> str:
         return "prompt_completion"
     if "text" in columns:
         return "text"
+    chats = sorted(columns & {"messages", "conversations"})
+    more = (
+        f" Conversations (`{chats[0]}`) are trained by TRL: class SourceSFTTrainer(RecordingMixin, SFTTrainer), or a "
+        "recipe with trainer: sft."
+        if chats
+        else ""
+    )
     raise DataError(
-        f"The dataset has columns {sorted(columns)}, none of which hf_source can read as rows. Give it a `text` "
-        "column, `prompt` and `completion` columns, or tokenise it yourself to `input_ids` (and `labels`)."
+        f"The dataset has columns {sorted(columns - {ROW})}, none of which hf_source can read as rows. Give it a "
+        "`text` column, `prompt` and `completion` columns, or tokenise it yourself to `input_ids` (and `labels`)."
+        + more
     )
 
 

@@ -13,12 +13,19 @@
 # limitations under the License.
 """Mistakes of a first day: each is refused before work is spent, and the error names the way out."""
 
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import GPT2Config, GPT2ForSequenceClassification
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorWithPadding,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    default_data_collator,
+)
 
-from hf_source import Queries, SourceAttributor, SourceTrainer, TrainingRecord
+from hf_source import Queries, SourceAttributor, SourceIndex, SourceTrainer, TrainingRecord, load_attribution
 from hf_source.errors import ConfigError, DataError, RecordError, UnsupportedError
 from hf_source.evaluation import evaluate
 
@@ -188,3 +195,126 @@ def test_a_curvature_of_numbers_beyond_any_solver(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.linalg, "eigh", fail)
     with pytest.raises(UnsupportedError, match="failed to converge.*training diverged: look at its loss"):
         attributor.scores(None, queries)
+
+
+# ---- what a Trainer is given ---------------------------------------------------------------------------------------
+
+
+def classifier() -> GPT2ForSequenceClassification:
+    sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 32, "vocab_size": 260}
+    return GPT2ForSequenceClassification(GPT2Config(**sizes, pad_token_id=0, num_labels=2))
+
+
+TOKENS = {"input_ids": [[1, 2], [3, 4, 5]]}
+
+
+@pytest.mark.parametrize(
+    "collator",
+    [
+        DataCollatorForLanguageModeling(byte_tokenizer(), mlm=False),
+        DataCollatorWithPadding(byte_tokenizer()),
+        default_data_collator,
+    ],
+    ids=["language modeling", "padding", "default"],
+)
+def test_a_collator_that_cannot_pad_labels(tmp_path, collator):
+    """Raw text is given labels of its own; without raw text the collator does its work."""
+    given = {"model": tiny_gpt2(vocab_size=260), "args": config(tmp_path, max_steps=2, num_segments=1)}
+    given |= {"processing_class": byte_tokenizer(), "data_collator": collator}
+    with pytest.raises(DataError, match="cannot pad rows .* raw text.*: leave data_collator= out"):
+        SourceTrainer(**given, train_dataset=Dataset.from_dict({"text": TEXTS}))
+    if isinstance(collator, DataCollatorForLanguageModeling):
+        SourceTrainer(**given, train_dataset=Dataset.from_dict(TOKENS)).train()
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        (
+            {"text": TEXTS, "label": [0, 1, 0]},
+            r"none of which GPT2ForSeq.*tokenizer\(rows\['text'\], truncation=True\)",
+        ),
+        ({"sentence": TEXTS, "label": [0, 1, 0]}, r"tokenizer\(rows\['sentence'\]"),
+        ({"age": [1, 2, 3], "label": [0, 1, 0]}, r"\['age', 'label'\], none .* give them columns that .*input_ids"),
+        (TOKENS, r"and no `label` for GPT2ForSequenceClassification.*rename_column"),
+        (TOKENS | {"label": ["a", "b"]}, r"'label' holds texts.*class_encode_column\('label'\)"),
+    ],
+)
+def test_rows_that_a_classifier_cannot_take(tmp_path, columns, said):
+    args = config(tmp_path, max_steps=2, num_segments=1)
+    with pytest.raises(DataError, match=said):
+        SourceTrainer(classifier(), args, train_dataset=Dataset.from_dict(columns), processing_class=byte_tokenizer())
+
+
+def test_rows_that_a_classifier_takes(tmp_path):
+    args = config(tmp_path, max_steps=2, num_segments=1)
+    rows = Dataset.from_dict(TOKENS | {"label": [0, 1]})
+    SourceTrainer(classifier(), args, train_dataset=rows, processing_class=byte_tokenizer()).train()
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (TEXTS, r"list of texts.*Dataset.from_dict\({'text': texts}\)"),
+        ({"text": TEXTS}, r"dictionary of columns.*Dataset.from_dict\(rows\)"),
+        (pd.DataFrame({"text": TEXTS}), r"DataFrame.*Dataset.from_pandas\(frame\)"),
+        (Dataset.from_dict({"messages": [[{"role": "user", "content": "a"}]]}), "Conversations .*RecordingMixin"),
+        ("nowhere/rows.jsonl", r"'nowhere/rows.jsonl' could not be loaded.*load_dataset\('json'"),
+    ],
+)
+def test_rows_that_are_no_dataset(tmp_path, monkeypatch, rows, said):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=said):
+        trainer(tmp_path, rows)
+
+
+def test_arguments_of_a_trainer(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for args in ({"output_dir": "out"}, "out", facts()):
+        with pytest.raises(ConfigError, match=r"args is a (dict|str|Dataset).*SourceConfig\(output_dir="):
+            SourceTrainer(tiny_gpt2(), args, train_dataset=facts())
+    with pytest.raises(ConfigError, match="tokenizer= is called processing_class="):
+        SourceTrainer(tiny_gpt2(), config(tmp_path), train_dataset=facts(), tokenizer=byte_tokenizer())
+    with pytest.raises(ConfigError, match=r"model='nowhere/model' could not be loaded[\s\S]*save_pretrained"):
+        SourceTrainer("nowhere/model", config(tmp_path), train_dataset=facts())
+
+
+# ---- paths ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [None, 3, {}])
+def test_what_is_no_path(story, given):
+    for use in (TrainingRecord.load, SourceAttributor.from_record, load_attribution, SourceIndex.load):
+        with pytest.raises(ConfigError, match="needs a path, not (None|a int|a dict): pass"):
+            use(given)
+    for use in (attributor(story).save, attributor(story).report):
+        with pytest.raises(ConfigError, match="needs a path, not (None|a int|a dict): pass"):
+            use(given, ASKED)
+    with pytest.raises(ConfigError, match="is no TrainingRecord: use SourceAttributor.from_record"):
+        SourceAttributor(given)
+
+
+def test_an_open_record_where_a_path_is_asked_for(story):
+    with pytest.raises(ConfigError, match=r"it is open already, SourceAttributor\(record\)"):
+        SourceAttributor.from_record(story)
+
+
+def test_scores_and_records_taken_for_each_other(story, tmp_path):
+    attributor(story, method="bm25").save(tmp_path / "scores", ASKED)
+    with pytest.raises(RecordError, match="These are scores: open them with load_attribution"):
+        SourceAttributor.from_record(tmp_path / "scores")
+    with pytest.raises(DataError, match="It is a training record: open it with SourceAttributor.from_record"):
+        load_attribution(story.path)
+
+
+def test_a_report_is_html(story, tmp_path):
+    with pytest.raises(ConfigError, match="r.pdf': a report is HTML"):
+        attributor(story).report(tmp_path / "r.pdf", ASKED)
+
+
+def test_texts_and_numbers_of_another_type(story):
+    with pytest.raises(DataError, match=r"prompts=None is no list of texts: write prompts=\['...'\]"):
+        Queries.from_text(None, [" Lima"])
+    with pytest.raises(ConfigError, match="k='5'"):
+        attributor(story, method="bm25").top(ASKED, k="5")

@@ -17,6 +17,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ from ..logs import get_logger
 from ..outputs.columns import add_score_columns, check_names, top_table, with_note
 from ..outputs.token_columns import add_token_columns, check_token_names, token_texts
 from ..outputs.trust import trust_note
+from ..paths import checked_path
 from ..recording import StageRecord, TrainingRecord
 from ..recording.digest import digest, record_digest
 from ..recording.reading.assumed import visits_note
@@ -148,7 +150,12 @@ class SourceAttributor(RunReader):
             raise ConfigError(f"seed={seed} must not be negative.")
         if isinstance(record, (str, Path)):
             raise ConfigError(f"record={str(record)!r} is a path: use SourceAttributor.from_record(path, ...).")
-        records = [record] if isinstance(record, TrainingRecord) else list(record)
+        records = list(record) if isinstance(record, (list, tuple)) else [record]
+        if not all(isinstance(each, TrainingRecord) for each in records):
+            raise ConfigError(
+                f"record={record!r} is no TrainingRecord: use SourceAttributor.from_record(path, ...), or open one "
+                "with TrainingRecord.load(path)."
+            )
         if not records:
             raise ConfigError("There is no record: give one, or several runs of the same stages with other seeds.")
         check_agreement(records)
@@ -638,8 +645,8 @@ class SourceAttributor(RunReader):
         Raises:
             ConfigError: if `k` is not positive, or the filter or the number of candidates makes no sense.
         """
-        if k < 1:
-            raise ConfigError(f"k={k}: ask for at least one row.")
+        if not isinstance(k, Integral) or k < 1:
+            raise ConfigError(f"k={k!r}: ask for at least one row.")
         named = [stages] if isinstance(stages, str) else stages
         wanted = [self.record.stage(name) for name in (named or [stage.name for stage in self.record.stages])]
         queries = self.split(queries, query_granularity)
@@ -723,6 +730,7 @@ class SourceAttributor(RunReader):
         Raises:
             ConfigError: if nothing was attributed and no queries are given.
         """
+        checked_path(folder, "Saving scores", "pass the folder to write to")
         from ..outputs.attribution_files import save_attribution
         from ..outputs.sharing import collect
 

@@ -214,6 +214,10 @@ def refuse_one_text(what: str, given: Any) -> None:
     """Raise `DataError` for a text where a list of texts is asked for: its letters would be the texts."""
     if isinstance(given, str):
         raise DataError(f"{what}={given!r} is one text, not a list of them: write {what}=[{given!r}].")
+    try:
+        list(given)
+    except TypeError as error:
+        raise DataError(f"{what}={given!r} is no list of texts: write {what}=['...'].") from error
 
 
 def _names(names: Sequence[str] | None, count: int) -> list[str]:

@@ -29,6 +29,7 @@ from safetensors.numpy import save_file
 
 from ..errors import ConfigError, DataError
 from ..hub import dataset_snapshot
+from ..paths import checked_path
 from ..recording.writer import atomic_write, file_entry, write_json
 from .sparse import SparseRows
 
@@ -133,7 +134,7 @@ def open_folder(path: str | Path, revision: str | None, token: str | bool | None
     Raises:
         DataError: if there is none, it is not finished, torn or of another version.
     """
-    folder = Path(path).expanduser()
+    folder = checked_path(path, "An index", "pass the folder that build_index wrote, or its id on the Hub")
     if not folder.exists():
         folder = dataset_snapshot(
             "index", str(path), "Build one with `hf-source index RECORD FOLDER`.", revision=revision, token=token

@@ -33,6 +33,7 @@ from ..attribution.tokens import TokenInfluence
 from ..data import ROW
 from ..errors import DataError
 from ..hub import CARD_FILE, dataset_snapshot
+from ..paths import checked_path
 from .attribution_card import attribution_card
 from .attribution_tables import SCORES, aligned, read_parquet, score_array, split_names, write_parquet
 from .columns import column_name, with_note
@@ -109,7 +110,7 @@ def save_attribution(
     Raises:
         ConfigError: if the header of the card that is there cannot be read.
     """
-    folder = Path(folder).expanduser()
+    folder = checked_path(folder, "Saving scores", "pass the folder to write to")
     if old_card is None and (folder / CARD_FILE).is_file():
         old_card = (folder / CARD_FILE).read_text(encoding="utf-8")
     splits = split_names(attribution.stages)
@@ -204,7 +205,7 @@ def load_attribution(path: str | Path, *, revision: str | None = None, token: st
     Raises:
         DataError: if there is nothing, it is not whole, or another version wrote it.
     """
-    folder = Path(path).expanduser()
+    folder = checked_path(path, "load_attribution", "pass the folder that `save` wrote, or a dataset's id on the Hub")
     if not folder.exists():
         folder = dataset_snapshot("attribution", str(path), revision=revision, token=token)
     content = _read_manifest(folder)
@@ -231,7 +232,12 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
         version = content["schema_version"]
     except FileNotFoundError as error:
-        raise DataError(f"{file} does not exist: {folder} holds no attribution, or only a part of it.") from error
+        hint = ""
+        if (folder / "record.json").is_file():
+            hint = " It is a training record: open it with SourceAttributor.from_record."
+        raise DataError(
+            f"{file} does not exist: {folder} holds no attribution, or only a part of it.{hint}"
+        ) from error
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{file} is damaged ({error}): copy the whole repository again.") from error
     if version != _VERSION:

@@ -26,7 +26,8 @@ import numpy as np
 
 from ..attribution.queries import Queries
 from ..attribution.tokens import TokenInfluence
-from ..errors import DataError
+from ..errors import ConfigError, DataError
+from ..paths import checked_path
 from .attribution_files import Attribution
 from .groups import Group, column_groups, group_of, grouping_columns
 from .histogram import histogram
@@ -70,8 +71,10 @@ def write_report(
         The path.
 
     Raises:
+        ConfigError: if the file's name does not end in `.html`.
         DataError: if no stage has one of the columns, or a column's values make no groups.
     """
+    _check_name(path)
     columns = None if columns is None else list(columns)
     for column in columns or []:
         if not any(column in rows.column_names for rows in attribution.stages.values()):
@@ -117,11 +120,17 @@ def report_of(
     """Attribute, and write the report. See `SourceAttributor.report`."""
     from .sharing import collect
 
+    _check_name(path)
     attribution = collect(attributor, queries, stages, k, shaded=shaded)
     if not attributor.accelerator.is_main_process:
         return Path(path)
     given = {} if title is None else {"title": title}
     return write_report(path, attribution, columns=columns, std=_spread(attributor, attribution), **given)
+
+
+def _check_name(path: Any) -> None:
+    if checked_path(path, "A report", "pass the HTML file to write").suffix != ".html":
+        raise ConfigError(f"path={str(path)!r}: a report is HTML, so end the name in .html.")
 
 
 def _spread(attributor: "SourceAttributor", attribution: Attribution) -> dict[tuple[str, str, int], float]:

@@ -16,6 +16,7 @@
 import re
 import tempfile
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,8 +70,8 @@ def collect(
         ConfigError: if nothing was attributed and no queries are given, or k is below 1.
         DataError, RecordError: as `SourceAttributor.scores`.
     """
-    if k < 1:
-        raise ConfigError(f"k={k}: at least one row per query, stage and direction is needed (10 is usual).")
+    if not isinstance(k, Integral) or k < 1:
+        raise ConfigError(f"k={k!r}: at least one row per query, stage and direction is needed (10 is usual).")
     queries, names = _asked(attributor, queries, stages)
     texts = set(names if texts is None else texts)
     queries = attributor.encode(queries)

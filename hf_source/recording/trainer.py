@@ -22,7 +22,7 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data import (
@@ -42,6 +42,14 @@ from .checkpoints import check_checkpoint, forget_checkpoint, last_checkpoint
 from .checks import refuse_unsupported, warn_about_resuming, warn_about_unknown_loss
 from .config import RecordingOptions, SourceConfig
 from .deepspeed import FollowedEngine
+from .given import (
+    check_args,
+    load_model,
+    load_rows,
+    refuse_other_than_rows,
+    refuse_unfit_collator,
+    refuse_unfit_rows,
+)
 from .heads import HEAD, recognise_head
 from .lock import writing
 from .losses import divides_by_count, loss_owner
@@ -126,6 +134,7 @@ class RecordingMixin:
     def _number_rows(self, dataset: Any) -> Any:
         if dataset is None:
             return dataset
+        refuse_other_than_rows(dataset)
         if isinstance(dataset, Mapping):
             raise DataError(
                 f"train_dataset holds several sets ({', '.join(map(str, dataset))}): pass one, such as "
@@ -396,13 +405,12 @@ class SourceTrainer(RecordingMixin, Trainer):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
+        check_args(args, kwargs)
         args = SourceConfig() if args is None else args
         if isinstance(model, str):
-            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            # Checkpoints are often bfloat16, in which small updates would round away.
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+            model, processing_class = load_model(model, processing_class)
         if isinstance(train_dataset, str):
-            train_dataset = datasets.load_dataset(train_dataset, split="train")
+            train_dataset = load_rows(train_dataset)
         super().__init__(
             model=model,
             args=args,
@@ -413,6 +421,9 @@ class SourceTrainer(RecordingMixin, Trainer):
             **kwargs,
         )
         if not is_causal_lm(self.model):
+            if self.args.remove_unused_columns:
+                self._set_signature_columns_if_needed()
+                refuse_unfit_rows(self.model, self.train_dataset, self._signature_columns)
             return
         if data_collator is None:
             self.data_collator = RowCollator(CausalLMCollator(processing_class))
@@ -421,6 +432,7 @@ class SourceTrainer(RecordingMixin, Trainer):
         if isinstance(self.train_dataset, _DATASETS):
             self.train_rows_kind = _kind(self.train_dataset, strict)
         self.train_dataset = self._prepared(self.train_dataset, strict)
+        refuse_unfit_collator(data_collator, self.train_dataset, self.train_rows_kind in ("text", "prompt_completion"))
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {name: self._prepared(rows, strict) for name, rows in self.eval_dataset.items()}
         else:

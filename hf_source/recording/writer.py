@@ -125,6 +125,7 @@ def read_record_json(path: Path) -> dict[str, Any]:
             f"There is no training record at {path}: {file} does not exist. Pass the `record_dir` of a training run "
             "made with SourceTrainer (by default `<output_dir>/record`)."
             + (f" There is one at {near[0]}." if near else "")
+            + (" These are scores: open them with load_attribution." if (path / "attribution.json").is_file() else "")
         )
     try:
         return upgraded(json.loads(file.read_text(encoding="utf-8")), file)

@@ -23,7 +23,7 @@ from cases import byte_tokenizer, distance, random_rows, tiny_gpt2, tiny_llama, 
 
 import hf_source
 from hf_source.data import ROW, content_fingerprint
-from hf_source.errors import ConfigError, RecordError, UnsupportedError
+from hf_source.errors import RecordError, UnsupportedError
 from hf_source.recording import TrainingRecord, canonical_name, replay
 
 
@@ -177,14 +177,6 @@ def test_stages_before_a_torn_one_can_be_used(folder, caplog):
     (folder / "stages" / "0-pretrain" / "final.safetensors").unlink()
     with pytest.raises(RecordError, match="0-pretrain/final.safetensors is damaged: it is missing"):
         TrainingRecord.load(folder)
-
-
-@pytest.mark.parametrize(
-    ("path", "called"), [(None, "None"), (3, "a int"), ({"a": 1}, "a dict"), (["a", "b"], "a list")]
-)
-def test_what_is_no_path(path, called):
-    with pytest.raises(ConfigError, match=f"not by {called}: pass the `record_dir`"):
-        TrainingRecord.load(path)
 
 
 def test_changed_content_is_found_by_verify_and_by_reading_steps(folder):

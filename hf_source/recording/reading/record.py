@@ -17,8 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import ConfigError, RecordError
+from ...errors import RecordError
 from ...logs import get_logger
+from ...paths import checked_path
 from ..writer import RECORD_FILE, file_entry, read_record_json
 from .hub import download_record, looks_like_hub_id, push_model, push_record
 from .stage import StageRecord
@@ -72,12 +73,12 @@ class TrainingRecord:
             RecordError: if there is no record, a file that every stage needs is missing or torn, or another version
                 wrote it.
         """
-        if not isinstance(path, (str, Path)):
-            raise ConfigError(
-                f"A record is opened by the path of its folder or its id on the Hub, not by {_described(path)}: pass "
-                "the `record_dir` of the training run (by default `<output_dir>/record`)."
-            )
-        folder = Path(path).expanduser()
+        fix = (
+            "pass the `record_dir` of the training run (by default `<output_dir>/record`), or a record's id on the Hub"
+        )
+        if isinstance(path, TrainingRecord):
+            fix = "it is open already, SourceAttributor(record) takes it as it is"
+        folder = checked_path(path, "A training record", fix)
         repo_id = str(path) if not folder.exists() and looks_like_hub_id(str(path)) else None
         if repo_id is not None:
             folder = download_record(repo_id, revision, token)
@@ -375,7 +376,3 @@ class TrainingRecord:
             f"{self.path / name} is damaged: {reason}. Restore it from a copy of the record, or train its stage again "
             "(overwrite_stage=True, or resume_from_checkpoint from a checkpoint of that run)."
         )
-
-
-def _described(value: Any) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
