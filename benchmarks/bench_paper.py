@@ -28,7 +28,8 @@ Retrainings and scores are kept in `--cache`, so that a broken run goes on where
 the expected measurement would reach with so few seeds. `members` are the LDS of an ensemble's single models, whose
 scores are averaged; a line of one model is the first of them. With `--same-order`, rows are also left out of the very
 run that was recorded (2 % and halves, same start and order): what a derivative of that run is about. The seconds in
-`paper.json` are of a busy machine.
+`paper.json` are of a busy machine. Lines with checkpoints are the paper's Source: gradients at sets of weights stored
+along each segment (`--checkpoints`), six in all; the other lines of Source take the segments' average weights.
 """
 
 import argparse
@@ -54,6 +55,7 @@ from hf_source.evaluation import StackedRetraining, linear_datamodelling_score, 
 
 Scores = dict[str, np.ndarray]  # stage -> [queries, rows]
 
+AVERAGES = {"checkpoints": False}  # gradients at the segments' average weights
 METHODS: dict[str, dict[str, Any]] = {
     "grad-dot": {"method": "grad-dot"},
     "grad-cos": {"method": "grad-cos"},
@@ -61,16 +63,19 @@ METHODS: dict[str, dict[str, Any]] = {
     "trak": {"method": "trak", "projection_dim": 512, "measurement": "loss"},  # it takes the margin by itself
     "influence ekfac": {"method": "influence", "curvature": "ekfac"},
     "influence joint": {"method": "influence", "curvature": "joint"},
-    "source identity": {"curvature": "identity"},
-    "source ekfac": {"curvature": "ekfac"},
-    "source joint": {},
-    "source joint, no tail": {"tail": False},
+    "source identity": {"curvature": "identity", **AVERAGES},
+    "source ekfac": {"curvature": "ekfac", **AVERAGES},
+    "source joint": {**AVERAGES},
+    "source joint, no tail": {"tail": False, **AVERAGES},
+    "source ekfac, checkpoints": {"curvature": "ekfac"},
+    "source joint, checkpoints": {},
     "unrolled": {"method": "unrolled"},
 }
 SLOW = ("unrolled",)  # only on the small networks
 OF_VALUES = {"trak": {"output": "loss", "measurement": "absolute-error"}}  # there are no log-odds
+NUM_SAMPLES = 1024  # other numbers are said in the label
 ALL_SEGMENTS = ("source ekfac", "source joint")
-ENSEMBLES = ("source ekfac", "source joint", "influence ekfac")
+ENSEMBLES = ("source ekfac", "source joint", "source ekfac, checkpoints", "influence ekfac")
 
 
 class Runs:
@@ -82,12 +87,21 @@ class Runs:
         num_samples: of `SourceAttributor`.
         cache: folder for scores.
         again: do not take scores from there.
+        checkpoints: stored along each segment.
     """
 
     def __init__(
-        self, benchmark: Benchmark, problem: Problem, folder: Path, num_samples: int, cache: Path, again: bool = False
+        self,
+        benchmark: Benchmark,
+        problem: Problem,
+        folder: Path,
+        num_samples: int,
+        cache: Path,
+        again: bool = False,
+        checkpoints: int = 2,
     ) -> None:
         self.benchmark, self.problem, self.folder, self.num_samples = benchmark, problem, folder, num_samples
+        self.checkpoints = checkpoints
         key = [benchmark.settings.to_dict(), num_samples, problem.digest(), __version__]
         self.cache = cache / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         self.again = again
@@ -99,12 +113,15 @@ class Runs:
         key = (segments, member)
         if key not in self._records:
             folder = self.folder / f"{segments}-{member}"
-            self._records[key] = record_run(self.problem.stages, self.benchmark.settings, folder, segments, member)
+            self._records[key] = record_run(
+                self.problem.stages, self.benchmark.settings, folder, segments, member, self.checkpoints
+            )
         return self._records[key]
 
     def scores(self, method: str, segments: int, member: int) -> tuple[Scores, float]:
         """Scores of every stage's rows, and the seconds they took."""
-        file = self.cache / f"{method.replace(' ', '-').replace(',', '')}-{segments}-{member}.npz"
+        number = f"-{self.checkpoints}" if "checkpoints" in method and self.checkpoints != 2 else ""
+        file = self.cache / f"{method.replace(' ', '-').replace(',', '')}{number}-{segments}-{member}.npz"
         if (self.again and file not in self._made) or not file.exists():
             scores, seconds = self._attribute(method, segments, member)
             self.cache.mkdir(parents=True, exist_ok=True)
@@ -237,7 +254,10 @@ def lines(options: argparse.Namespace, large: bool) -> list[tuple[str, str, int,
         for segments in options.segments:
             if segments != options.segments[0] and method not in ALL_SEGMENTS:
                 continue
-            label = f"{method}, L={segments}" if method.startswith("source") else method
+            name = method.replace("checkpoints", f"{options.checkpoints} checkpoints a segment")
+            label = f"{name}, L={segments}" if method.startswith("source") else method
+            if options.num_samples != NUM_SAMPLES and ("ekfac" in method or "joint" in method):
+                label += f", {options.num_samples} samples"
             found.append((label, method, segments, 1))
             if method in ENSEMBLES and segments == options.segments[0] and options.members > 1:
                 found.append((f"{label}, {options.members} models", method, segments, options.members))
@@ -258,7 +278,8 @@ def run(name: str, options: argparse.Namespace, report: dict[str, Any], save: Ca
     entry["paper"] = benchmark.paper
     save()
     with tempfile.TemporaryDirectory() as folder:
-        runs = Runs(benchmark, problem, Path(folder), options.num_samples, options.cache / "scores", options.again)
+        own = {"cache": options.cache / "scores", "again": options.again, "checkpoints": options.checkpoints}
+        runs = Runs(benchmark, problem, Path(folder), options.num_samples, **own)
         wanted = lines(options, benchmark.settings.sizes[0] > 100)
         for label, method, segments, members in wanted:
             scores, seconds = runs.ensemble(method, segments, members)
@@ -279,7 +300,7 @@ def settings_of(benchmark: Benchmark, problem: Problem, options: argparse.Namesp
         "queries": len(problem.queries.targets),
         "halves": options.halves,
         "seeds_per_half": options.seeds,
-        "num_samples": options.num_samples,
+        "num_samples": NUM_SAMPLES,
         "machine": results_file.machine(),
     }
 
@@ -290,7 +311,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", default=["concrete", "digits"], metavar="|".join(BENCHMARKS))
     parser.add_argument("--segments", type=int, nargs="+", default=[3, 1, 6], help="the first one for every method")
     parser.add_argument("--members", type=int, default=5, help="models of an ensemble")
-    parser.add_argument("--num-samples", type=int, default=1024)
+    parser.add_argument(
+        "--num-samples", type=int, default=NUM_SAMPLES, help="of the curvature; the paper takes every row"
+    )
+    parser.add_argument("--checkpoints", type=int, default=2, help="a segment, for the lines with checkpoints")
     parser.add_argument("--halves", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=5, help="retrainings of a half")
     parser.add_argument("--only", nargs="+", default=[""], help="lines to run, by a part of the label")

@@ -72,8 +72,10 @@ def rows_of(stage: Stage) -> Dataset:
     return Dataset.from_dict({"inputs": stage.inputs, "label": stage.targets})
 
 
-def record_run(stages: Sequence[Stage], settings: Settings, folder: Path, segments: int, seed: int) -> TrainingRecord:
-    """Train on all rows, stage after stage, and record."""
+def record_run(
+    stages: Sequence[Stage], settings: Settings, folder: Path, segments: int, seed: int, checkpoints: int = 0
+) -> TrainingRecord:
+    """Train on all rows, stage after stage, and record, with so many checkpoints a segment."""
     torch.manual_seed(seed)
     model = MLP(MLPConfig(settings.sizes, settings.kind))
     for stage in stages:
@@ -82,6 +84,7 @@ def record_run(stages: Sequence[Stage], settings: Settings, folder: Path, segmen
             record_dir=str(folder / "record"),
             stage=stage.name,
             num_segments=segments,
+            checkpoints_per_segment=checkpoints,
             per_device_train_batch_size=settings.batch_size,
             num_train_epochs=settings.epochs,
             learning_rate=settings.learning_rate,

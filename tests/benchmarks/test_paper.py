@@ -60,14 +60,15 @@ def test_every_method_gets_a_line_and_a_second_run_trains_nothing(bench, toy, tm
     assert {
         "grad-dot",
         "trak",
-        "influence ekfac, 2 models",
+        "influence ekfac, 8 samples, 2 models",
         "source identity, L=1",
-        "source joint, L=1",
+        "source joint, L=1, 8 samples",
+        "source joint, 2 checkpoints a segment, L=1, 8 samples",
     } <= found.keys()
     for line in found.values():
         for stage in ("first", "second"):
             assert -1 <= line[stage]["low"] <= line[stage]["lds"] <= line[stage]["high"] <= 1
-    assert len(found["source ekfac, L=1, 2 models"]["first"]["members"]) == 2
+    assert len(found["source ekfac, L=1, 8 samples, 2 models"]["first"]["members"]) == 2
     assert set(first["ceiling"]) == {"first", "second"}
     monkeypatch.setattr("paper.halves.train_copies", None)
     monkeypatch.setattr(bench, "record_run", None)
