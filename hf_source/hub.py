@@ -60,11 +60,29 @@ def is_open(repo_id: str, repo_type: str) -> bool:
 
 
 def source_of(dataset: Any) -> str | None:
-    """The Hub repository that a dataset was loaded from, if it says so and there is one only."""
-    files = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
-    found = [re.match(r"hf://datasets/([^/@]+(?:/[^/@]+)?)@", str(name)) for name in files]
-    names = {match[1] if match else None for match in found}
+    """The Hub repository that all of a dataset was loaded from, if that can be told."""
+    origins = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
+    found = [re.match(r"hf://datasets/([^/@]+(?:/[^/@]+)?)@", str(name)) for name in origins]
+    names = {match[1] if match else None for match in found} or _cached_from(dataset)
     return names.pop() if len(names) == 1 else None
+
+
+def _cached_from(dataset: Any) -> set[str | None]:
+    """Repositories that a dataset's files in the cache of `datasets` are of; `None` for rows that are of none."""
+    import datasets
+
+    if not isinstance(dataset, datasets.Dataset):
+        return set()
+    blocks = getattr(dataset.data, "blocks", [[dataset.data]])
+    if any(not hasattr(table, "path") for row in blocks for table in row):  # made in memory
+        return {None}
+    cache, names = Path(datasets.config.HF_DATASETS_CACHE).resolve(), set()
+    for file in dataset.cache_files:
+        path = Path(file["filename"]).resolve()
+        owner, mark, name = path.relative_to(cache).parts[0].partition("___") if cache in path.parents else ("",) * 3
+        # A capital letter becomes one with "_" before it: such a name may stand for several repositories.
+        names.add(f"{owner}/{name}" if mark and "_" not in name else None)
+    return names
 
 
 def present_card(

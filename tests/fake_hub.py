@@ -67,6 +67,10 @@ def _commit_id(files: dict[str, bytes]) -> str:
     return digest.hexdigest()
 
 
+def _entry(name: str, content: bytes) -> dict[str, Any]:
+    return {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+
+
 class _Handler(BaseHTTPRequestHandler):
     hub: FakeHub
     protocol_version = "HTTP/1.1"
@@ -142,16 +146,31 @@ class _Handler(BaseHTTPRequestHandler):
             }
             self._send(200, content | {"siblings": siblings})
 
-    def tree(self, repo: str, revision: str) -> None:
+    def tree(self, repo: str, revision: str, folder: str | None = None) -> None:
+        """Files below a folder, at any depth or, with the folders beside them, at its own only."""
+        repository = self._repository(repo)
+        commit = repository and self._commit(repository, revision)
+        if not commit:
+            return
+        start = f"{folder}/" if folder else ""
+        files = {name: content for name, content in repository["commits"][commit].items() if name.startswith(start)}
+        if folder and not files:
+            return self._send(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
+        if "recursive=true" not in urlsplit(self.path).query.lower() and urlsplit(self.path).query:
+            inside = {name.removeprefix(start).split("/")[0] for name in files if "/" in name.removeprefix(start)}
+            folders = [{"type": "directory", "path": start + name, "size": 0, "oid": "0" * 40} for name in inside]
+            files = {name: content for name, content in files.items() if "/" not in name.removeprefix(start)}
+        else:
+            folders = []
+        self._send(200, [*folders, *(_entry(name, content) for name, content in sorted(files.items()))])
+
+    def paths(self, repo: str, revision: str) -> None:
         repository = self._repository(repo)
         commit = repository and self._commit(repository, revision)
         if commit:
+            asked = json.loads(self.body)["paths"]
             files = repository["commits"][commit]
-            entries = [
-                {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                for name, content in sorted(files.items())
-            ]
-            self._send(200, entries)
+            self._send(200, [_entry(name, files[name]) for name in asked if name in files])
 
     def branch(self, repo: str, revision: str) -> None:
         repository = self._repository(repo)
@@ -234,6 +253,8 @@ _ROUTES = [
     ("GET", rf"{_API}", _Handler.info),
     ("GET", rf"{_API}/revision/(?P<revision>.+)", _Handler.info),
     ("GET", rf"{_API}/tree/(?P<revision>[^/]+)/?", _Handler.tree),
+    ("GET", rf"{_API}/tree/(?P<revision>[^/]+)/(?P<folder>.+)", _Handler.tree),
+    ("POST", rf"{_API}/paths-info/(?P<revision>[^/]+)", _Handler.paths),
     ("POST", rf"{_API}/branch/(?P<revision>.+)", _Handler.branch),
     ("POST", rf"{_API}/preupload/(?P<revision>.+)", _Handler.preupload),
     ("POST", rf"{_API}/commit/(?P<revision>.+)", _Handler.commit),

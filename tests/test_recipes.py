@@ -28,7 +28,7 @@ import PIL.Image
 import pytest
 import torch
 import yaml
-from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
+from datasets import ClassLabel, Dataset, Features, Image, Value, concatenate_datasets, load_dataset
 from transformers import AutoTokenizer, BertConfig, BertModel
 from typer.testing import CliRunner
 
@@ -38,7 +38,9 @@ from hf_source.cli.groups import Asked
 from hf_source.demo import STAGES, build_model, load_facts, pretrain_rows, queries, sft_rows
 from hf_source.demo.facts import preference_rows
 from hf_source.errors import ConfigError
+from hf_source.hub import source_of
 from hf_source.recipes import load_model, load_rows, read_recipe, read_settings, trainer_of
+from hf_source.recording.reading.hub import sources_are_open
 
 from .cases import byte_tokenizer, tiny_gpt2, tiny_llama
 
@@ -224,6 +226,60 @@ def test_the_readme_of_gpt2(folder):
     assert Path("runs/gpt2_text/index.html").is_file() and "Which groups" in said[-1]
     # What a cluster's second job would do with the record.
     run("record", "verify", "runs/gpt2_text/record")
+
+
+def put_on_hub(hub, model_id: str, model, tokenizer, dataset_id: str, rows: Dataset) -> None:
+    """A model and a dataset under the names by which a recipe asks for them."""
+    model.save_pretrained("hub/model")
+    tokenizer.save_pretrained("hub/model")
+    rows.to_parquet("hub/data/data/train-00000-of-00001.parquet")
+    for name, place in ((model_id, "model"), (f"datasets/{dataset_id}", "data")):
+        files = {
+            path.relative_to(f"hub/{place}").as_posix(): path.read_bytes()
+            for path in Path("hub", place).rglob("*")
+            if path.is_file()
+        }
+        hub.repositories[name] = {"private": False, "branches": {"main": "c" * 40}, "commits": {"c" * 40: files}}
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_the_recipes_of_the_hub_run_as_they_are(folder, hub):
+    """Nothing of `model` and `dataset` is overridden: ids, split and columns are those of the file."""
+    pytest.importorskip("trl")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }};{% endfor %}"
+    talks = chats().add_column("full_topic", ["science"] * 12).add_column("source", ["a", "b"] * 6)
+    llama = tiny_llama(vocab_size=260, max_position_embeddings=512)
+    put_on_hub(hub, "HuggingFaceTB/SmolLM2-135M-Instruct", llama, tokenizer, "HuggingFaceTB/smol-smoltalk", talks)
+    run("train", "recipes/lora_chat/sft.yaml", *FEWER["train"])
+    record = TrainingRecord.load("runs/lora_chat/record")
+    (stage,) = record.stages
+    assert stage.dataset["source"] == "HuggingFaceTB/smol-smoltalk" and stage.model["peft"]
+    assert stage.model["base"] == "HuggingFaceTB/SmolLM2-135M-Instruct" and sources_are_open(record)
+    asked = ["--prompt", "user: Who", "--completion", " a", "--method", "grad-dot"]
+    said = run("ask", "credit", "runs/lora_chat/record", "--by", "source", *asked)
+    assert "a" in said and "b" in said
+    shutil.rmtree("hub")
+    stories = Dataset.from_dict({"text": [f"Once upon a time there was a {word}." for word in "abcdefghijklmnop"]})
+    gpt2 = tiny_gpt2(vocab_size=260, n_positions=128)
+    put_on_hub(hub, "openai-community/gpt2", gpt2, byte_tokenizer(), "roneneldan/TinyStories", stories)
+    run("train", "recipes/gpt2_text/train.yaml", *FEWER["train"])
+    record = TrainingRecord.load("runs/gpt2_text/record")
+    assert record.stages[0].num_rows == 16 and not sources_are_open(record)  # capital letters of an id are lost
+
+
+def test_where_rows_come_from(folder, hub):
+    """By the files of `datasets` in its cache; rows that were made here are of no repository."""
+    put_on_hub(hub, "me/model", tiny_gpt2(), byte_tokenizer(), "me/rows", chats())
+    rows = load_dataset("me/rows", split="train")
+    for own in (rows, rows.select([3, 1]), rows.map(lambda row: {"number": 1}), rows.filter(lambda row: True)):
+        assert source_of(own) == "me/rows"
+    put_on_hub(hub, "me/model", tiny_gpt2(), byte_tokenizer(), "me/others", chats())
+    others = load_dataset("me/others", split="train")
+    mine = [chats(), rows.add_column("secret", [1] * 12), concatenate_datasets([rows, others]), others.to_list()]
+    assert [source_of(own) for own in (*mine, concatenate_datasets([rows, chats()]))] == [None] * 5
+    chats().to_json("rows.jsonl")
+    assert source_of(load_dataset("json", data_files="rows.jsonl", split="train")) is None
 
 
 def test_the_readme_of_the_paper(folder):
