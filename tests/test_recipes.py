@@ -322,7 +322,7 @@ def test_the_readme_of_rte(folder):
         subprocess.run([sys.executable, *words[1:], "--dataset", "rows.jsonl"], check=True, capture_output=True)
     done = commands("paper")[3:]
     assert [words[0] for words in done] == ["train", "top"]
-    run(*done[0], "model=stand-in", "training.checkpoints_per_segment=0", *FEWER["train"])
+    run(*done[0], "model=stand-in", *FEWER["train"])
     record = TrainingRecord.load("runs/paper/rte")
     given = record.stages[0].rows()[0]["input_ids"]
     assert byte_tokenizer().decode(given) == "".join(said[0])
@@ -361,7 +361,7 @@ def test_the_readme_of_the_papers_images_and_tables(folder, pictures, monkeypatc
     Dataset.from_dict(dict(zip(names, table.T.tolist(), strict=True))).to_csv("runs/paper/parkinsons_updrs.data")
     every = ["training.num_train_epochs=2", "training.use_cpu=true", "training.disable_tqdm=true",
              "training.per_device_train_batch_size=8", "training.warmup_steps=0", "attribution.num_samples=8",
-             "training.learning_rate=0.01", "training.checkpoints_per_segment=0"]  # fmt: skip
+             "training.learning_rate=0.01"]  # fmt: skip
     small = {
         "parkinsons": ["network.hidden=[4]", "stages.train.rows=20", "queries.skip=20", "queries.rows=3"],
         "mnist": [*pictures, "network.hidden=[4]", "data.size=6", "stages.train.split=train", "stages.train.rows=20"],
