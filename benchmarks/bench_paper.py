@@ -67,6 +67,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "source ekfac": {"curvature": "ekfac", **AVERAGES},
     "source joint": {**AVERAGES},
     "source joint, no tail": {"tail": False, **AVERAGES},
+    "source joint, signs": {"probes": "signs", **AVERAGES},
     "source ekfac, checkpoints": {"curvature": "ekfac"},
     "source joint, checkpoints": {},
     "unrolled": {"method": "unrolled"},

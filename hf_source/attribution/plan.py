@@ -330,7 +330,7 @@ def _memory(
         memory["query vectors"] *= 2  # moments of the adjoint beside it, and the products
         memory["states of the run"] = 3 * 2 * math.isqrt(steps) * total  # weights and two moments
         if attributor.method == "unrolled":  # a batch's activations and their derivatives, of every query
-            memory["second derivatives"] = 6 * num_queries * _visited_bytes(attributor, gradients)
+            memory["second derivatives"] = 3 * num_queries * _visited_bytes(attributor, gradients)
         return memory
     if _iterates(attributor):
         memory["query vectors"] *= 2  # residual, direction and their products
