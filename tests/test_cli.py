@@ -157,6 +157,7 @@ def test_auto(record):
     assert out.startswith("unrolled: 1 queries") and "better buy: `unrolled`" in out
     few = [*FEW, "--method", "auto", "--set", "max_cost=0.000001"]
     assert run("plan", record, *ASKED, *few, "--stage", "sft").startswith("source (joint)")
+    assert "method='auto' took `source`: a replay of the" in run("top", record, *ASKED, *few, "-k", 1)
     assert "max_cost=0: give a positive number" in refused(
         "plan", record, *ASKED, "-s", "method=auto", "-s", "max_cost=0"
     )

@@ -222,7 +222,8 @@ def top(
     table = attributor.top(wanted, k=k, opposing=opposing, filter=filter, candidates=candidates)
     unit = "nats" if METHODS[attributor.method].nats else ""
     print_top(Console(), wanted, table, unit)
-    if (filter is not None or attributor.index is not None) and table.info.description:
+    chosen = filter is not None or attributor.index is not None or attributor.taken is not None
+    if chosen and table.info.description:
         typer.echo(table.info.description)
     if out is not None:
         write_page(out, f"Attribution from {record}", wanted, table, unit=unit)
