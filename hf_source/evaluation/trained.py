@@ -101,9 +101,12 @@ def _retrain_one(
 def _subset(stage: Any, dataset: Any, record: Any, data_collator: Any, mask: np.ndarray) -> Dataset:
     """The rows that are kept, as they were given, or as the record holds them."""
     matched = match_rows(stage, dataset, record.processing_class(), data_collator)
-    numbers = matched.given_numbers
+    # Of the record's own rows what trained, without what else is known of them.
+    given, numbers = (
+        (matched.given, matched.given_numbers) if dataset is not None else (matched.dataset, matched.numbers)
+    )
     chosen = [place for place, number in enumerate(numbers) if number < len(mask) and mask[number]]
-    rows = matched.given.select(chosen)
+    rows = given.select(chosen)
     return rows.remove_columns(ROW) if dataset is None and ROW in rows.column_names else rows
 
 
