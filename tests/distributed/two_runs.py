@@ -235,6 +235,7 @@ SCORED = {
     "source": {},
     "stepwise": {},
     "unrolled": {},
+    "auto": {"max_cost": 1e9},
     "grad-dot": {},
     "grad-cos": {},
     "trak": {"projection_dim": 12},
