@@ -117,6 +117,7 @@ LINES = [
     Line("hf_source", "source joint, n=128", "record", large=True),
     Line("hf_source", "source joint, n=2048", "record"),
     Line("hf_source", "fast-source", "record", large=True),
+    Line("hf_source", "fast-source, n=128", "record", large=True),
     Line("hf_source", "stepwise, 4 draws", "record", large=True),
     Line("hf_source", "stepwise, 16 draws", "record"),
     Line("bergson", "source (recipe)", "states", large=True),
@@ -226,6 +227,9 @@ def export(record: TrainingRecord, queries: Queries, checkpoints: Path, folder: 
     model = stage.build_model()
     stage.load_weights(model, "initial")
     model.save_pretrained(target / "checkpoint-0")
+    for file in target.glob("*/tokenizer_config.json"):  # some take the length of rows there for the model's context
+        settings = json.loads(file.read_text(encoding="utf-8")) | {"model_max_length": model.config.n_positions}
+        file.write_text(json.dumps(settings), encoding="utf-8")
     _refuse_other_weights(stage, target / f"checkpoint-{steps[-1]}")
     table = stage.steps()
     rates = [float(step[0]) for step in table.learning_rate]
@@ -236,7 +240,7 @@ def export(record: TrainingRecord, queries: Queries, checkpoints: Path, folder: 
     token_rows(queries.rows).save_to_disk(folder / "queries")
     tokenizer = record.processing_class()
     about = {
-        "record": str(record.path),
+        "record": str(Path(record.path).absolute()),
         "num_rows": len(rows),
         "num_queries": len(queries.rows),
         "num_tokens": sum(map(len, rows["input_ids"])),

@@ -22,13 +22,17 @@ from dataclasses import dataclass
 
 from ..curvature.block import MAX_FULL_SIDE
 from ..curvature.factored import FACTORED_SIZE, multiplications
+from ..curvature.joint import GRAM_BLOCK
 
 
 _EIGEN = 15
 """Operations of a symmetric eigenproblem over the cube of its side, in the time that matrix products take for them."""
 
-PASS = 6
-"""Operations of a forward and backward pass with per-row gradients, for each parameter and token."""
+_THIN = 2
+"""How many times as long products with few vectors, or of single rows' factors, take as those of large matrices."""
+
+_MOVE = 40
+"""Operations of matrix products in the time that one number takes to be read or written."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,11 @@ class JointCost:
         """Of one parameter, whose columns are held factored or as they are."""
         m, k = _sides(shape)
         size, n = m * k, self.samples
-        found = 2 * n**2 * size + 4 * n * self.vectors * size  # the Gram matrix; products with vectors, and of them
+        # Half of the Gram matrix, in blocks; products with vectors, and sums of them.
+        found = n * (n + min(n, GRAM_BLOCK)) * size + _THIN * 4 * n * self.vectors * size
+        found += _MOVE * 8 * n * size
         if factored:
-            found += 2 * 2 * self.tokens * n * size  # gradients made again, for both
+            found += _THIN * 2 * 2 * self.tokens * n * size  # gradients made again, for both
         if not self.tail:
             return found
         left = 0 if diagonal_left or m > MAX_FULL_SIDE or m == 1 else m
@@ -61,7 +67,8 @@ class JointCost:
         whole = 4 * size * (left + right)  # moments and rotation of one dense gradient
         if factored and size > FACTORED_SIZE:
             whole = min(whole, 2 * multiplications(int(self.tokens), m, k, left))
-        return found + n * whole + self.vectors * 4 * size * (left + right) + _EIGEN * (left**3 + right**3)
+        turned = self.vectors * 4 * size * (left + right) + _MOVE * 6 * self.vectors * size
+        return found + n * whole + turned + _EIGEN * (left**3 + right**3)
 
     def of_all(self, shapes: Sequence[tuple[Sequence[int], bool, bool]]) -> float:
         """Of parameters given as `(shape, factored, diagonal_left)`, and of the sample space's eigenproblem."""

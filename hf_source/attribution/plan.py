@@ -14,18 +14,19 @@
 """What an attribution will cost, before anything runs: passes, tokens, time, memory."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from ..budget import clock, queries_at_once
+from ..budget import queries_at_once
 from ..curvature import JointCurvature, column_bytes
+from ..curvature.joint import PIECE_BYTES
 from ..gradients import RowGradients
 from ..recording import StageRecord
-from ..source import score_rows, wanted_parameters
+from ..source import wanted_parameters
+from .calibration import Calibration, calibrate
 from .cost import JointCost
 from .methods.base import vectors_each
 from .methods.projected import ProjectedOptions
@@ -121,15 +122,13 @@ class Measured:
         stages: that are walked through, first to last.
         gradients: engine of the last one's model.
         num_queries: asked.
-        seconds_per_token: of forward, backward and what the attributor's method does with the gradients.
-        operations_per_second: of products of large matrices.
+        calibration: of the last stage, with what the attributor's method does.
     """
 
     stages: list[StageRecord]
     gradients: RowGradients
     num_queries: int
-    seconds_per_token: float
-    operations_per_second: float
+    calibration: Calibration
 
 
 def measure(attributor: "SourceAttributor", queries: Queries, target: StageRecord) -> Measured:
@@ -139,8 +138,7 @@ def measure(attributor: "SourceAttributor", queries: Queries, target: StageRecor
     model = attributor.build_model(last)
     wanted = wanted_parameters(model, attributor.record.stages)
     gradients = RowGradients(model, attributor.rows(last).task, list(wanted))
-    per_token = _seconds_per_token(attributor, gradients, last, queries)
-    return Measured(stages, gradients, len(queries), per_token, _multiplication_rate(attributor))
+    return Measured(stages, gradients, len(queries), calibrate(attributor, gradients, last, len(queries)))
 
 
 def plan_tokens(attributor: "SourceAttributor", queries: Queries, target: StageRecord, numbers: np.ndarray) -> Plan:
@@ -155,7 +153,7 @@ def plan_tokens(attributor: "SourceAttributor", queries: Queries, target: StageR
             for segment in target.segments:
                 visited = wanted[segment.num_visits()[rows.example[wanted]] > 0]
                 stage.score_tokens += int((rows.lengths[visited] * rows.items[visited]).sum())
-        plan.seconds += (stage.score_tokens - walked) * measured.seconds_per_token
+        plan.seconds += (stage.score_tokens - walked) * measured.calibration.score_seconds
     return plan
 
 
@@ -167,9 +165,10 @@ def estimate(attributor: "SourceAttributor", measured: Measured) -> Plan:
     columns = _column_bytes(attributor, gradients, last)
     passes = _sample_passes(attributor, columns)
     plans = [_stage_plan(attributor, stage, passes, count) for stage in reversed(stages)]
-    tokens = sum(plan.sample_tokens + plan.score_tokens for plan in plans)
+    speed = measured.calibration
+    seconds = sum(plan.sample_tokens * speed.pass_seconds + plan.score_tokens * speed.score_seconds for plan in plans)
     curvature = _curvature_operations(attributor, gradients, last, plans, columns, count)
-    seconds = measured.seconds_per_token * tokens + curvature / measured.operations_per_second
+    seconds += curvature / speed.operations_per_second + speed.first_seconds
     return Plan(
         attributor.method,
         attributor.curvature_name,
@@ -177,7 +176,7 @@ def estimate(attributor: "SourceAttributor", measured: Measured) -> Plan:
         sum(sizes),
         plans,
         seconds,
-        _memory(attributor, gradients, count, columns),
+        _memory(attributor, gradients, count, columns, speed),
         sum(stage.num_bytes for stage in stages),
         0 if attributor.cache_dir is None else _written(gradients, stages, count),
     )
@@ -270,27 +269,14 @@ def _unrolling_plan(
     return StagePlan(stage.name, stage.num_rows, stage.num_steps, products, products * tokens, 4 * tokens)
 
 
-def _batch_bytes(attributor: "SourceAttributor", gradients: RowGradients) -> int:
-    """What one batch's forward pass leaves for the backward one: inputs and outputs of layers, and logits four times.
-
-    The logits are kept with their logarithms, their gradient and that gradient's terms.
-    """
-    tokens = attributor.max_tokens_per_batch
-    layers = [module for module in gradients.model.modules() if getattr(module, "weight", None) is not None]
-    shapes = [module.weight.shape for module in layers if not isinstance(module, torch.nn.Embedding)]
-    features = sum(sum(shape) if len(shape) > 1 else 2 * shape[0] for shape in shapes if len(shape) in (1, 2))
-    logits = max((max(shape) for shape in shapes if len(shape) == 2), default=0)
-    return int(tokens * (features + 3 * logits) * attributor.dtype.itemsize)
-
-
-def _visited_bytes(attributor: "SourceAttributor", gradients: RowGradients) -> int:
-    """`_batch_bytes` of the largest micro-batch that was trained on, of the first ones of the last stage."""
+def _visited_bytes(attributor: "SourceAttributor", token_bytes: float) -> int:
+    """What the pass over the largest of the last stage's first micro-batches leaves."""
     stage = attributor.record.stages[-1]
     rows = attributor.rows(stage)
     first = [batch for step in stage.steps().micro_batches[:16] for batch in step]
     pieces = [rows.pieces_of(batch.rows) for batch in first]
     tokens = max((int(len(each) * rows.lengths[each].max()) for each in pieces if len(each)), default=0)
-    return _batch_bytes(attributor, gradients) * tokens // attributor.max_tokens_per_batch
+    return int(token_bytes * tokens)
 
 
 def _projected_memory(attributor: "SourceAttributor", num_queries: int) -> dict[str, int]:
@@ -317,20 +303,24 @@ def _feature_sizes(attributor: "SourceAttributor") -> Iterator[tuple[StageRecord
 
 
 def _memory(
-    attributor: "SourceAttributor", gradients: RowGradients, num_queries: int, columns: list[int]
+    attributor: "SourceAttributor",
+    gradients: RowGradients,
+    num_queries: int,
+    columns: list[int],
+    speed: Calibration,
 ) -> dict[str, int]:
     sizes = [parameter.numel() for parameter in gradients.parameters.values()]
     element = next(iter(gradients.parameters.values())).element_size()
     total, model = sum(sizes) * element, sum(p.numel() * p.element_size() for p in gradients.model.parameters())
     if isinstance(attributor.options, ProjectedOptions):
         return {"model": model, **_projected_memory(attributor, num_queries)}
-    memory = {"model": model, "query vectors": 3 * num_queries * total, "a batch": _batch_bytes(attributor, gradients)}
+    memory = {"model": model, "query vectors": 3 * num_queries * total, "a batch": speed.batch_bytes}
     if attributor.method in UNROLLING:
         steps = max(stage.num_steps for stage in attributor.record.stages)
         memory["query vectors"] *= 2  # moments of the adjoint beside it, and the products
         memory["states of the run"] = 3 * 2 * math.isqrt(steps) * total  # weights and two moments
         if attributor.method == "unrolled":  # a batch's activations and their derivatives, of every query
-            memory["second derivatives"] = 3 * num_queries * _visited_bytes(attributor, gradients)
+            memory["second derivatives"] = 3 * num_queries * _visited_bytes(attributor, speed.token_bytes)
         return memory
     if _iterates(attributor):
         memory["query vectors"] *= 2  # residual, direction and their products
@@ -338,55 +328,24 @@ def _memory(
     if attributor.method in CURVED and isinstance(attributor.curvature, JointCurvature):
         # One parameter's columns are never split between groups.
         memory["sample columns"] = min(sum(columns), max(attributor.memory_budget, max(columns)))
-        memory["sample space"] = 4 * 8 * attributor.num_samples**2
+        memory["sample space"] = 6 * 8 * attributor.num_samples**2
         if attributor.method in ("source", "fast-source"):
             each = vectors_each(attributor)
             at_once = queries_at_once(attributor.query_budget, sum(sizes), element, num_queries, each)
             segments = sum(len(stage.segments) for stage in attributor.record.stages)
-            # For scoring and for the segments before; parts of the largest parameter's are turned at a time.
-            memory["query vectors"] = (2 if segments > 1 else 1) * at_once * total + 3 * max(
-                max(sizes) * element, min(at_once * max(sizes) * element, 2**28)
+            memory["query vectors"] = (2 if segments > 1 else 1) * at_once * total
+            memory["one parameter's block"] = max(
+                _block_bytes(attributor, size * element, held, at_once)
+                for size, held in zip(sizes, columns, strict=True)
             )
             memory["segment"] = total  # its preconditioner
     return memory
 
 
-def _seconds_per_token(attributor, gradients: RowGradients, stage: StageRecord, queries: Queries) -> float:
-    """Time of forward, backward and what follows it, on a few real batches."""
-    rows = attributor.rows(stage)
-    rows.prepare(gradients)
-    stage.load_weights(gradients.model, "final")
-    batches = rows.batches(rows.trained)
-    chosen = [batches[i] for i in sorted({0, len(batches) // 2, len(batches) - 1})]
-    work = _work(attributor, gradients, stage, len(queries))
-    gradients.check(rows.collated(rows.shortest(2), attributor.device))
-    work(rows.collated(chosen[0][:2], attributor.device))  # warm-up
-    tokens = sum(int(rows.lengths[numbers].sum()) for numbers in chosen)
-    start = clock(attributor.device)
-    for numbers in chosen:
-        work(rows.collated(numbers, attributor.device))
-    return (clock(attributor.device) - start) / tokens
-
-
-def _multiplication_rate(attributor) -> float:
-    """Operations a second of the device, from a product of matrices."""
-    one = torch.ones(512, 512, dtype=attributor.dtype, device=attributor.device)
-    seconds = []
-    for _ in range(4):  # the first is a warm-up
-        start = clock(attributor.device)
-        float((one @ one)[0, 0])  # waits for the device
-        seconds.append(clock(attributor.device) - start)
-    return 2 * len(one) ** 3 / min(seconds[1:])
-
-
-def _work(attributor, gradients: RowGradients, stage: StageRecord, num_queries: int) -> Callable[[dict], object]:
-    """What a scoring pass does with a batch: a projection, or products with as many vectors as there are queries."""
-    if isinstance(attributor.options, ProjectedOptions):
-        own = gradients.only(name for name in gradients.parameters if name in stage.trainable)
-        projector = attributor.options.projector(attributor, stage, own)
-        return lambda batch: projector.project(own, own.run(batch))
-    vectors = {
-        name: parameter.detach().expand(num_queries, *parameter.shape)
-        for name, parameter in gradients.parameters.items()
-    }
-    return lambda batch: score_rows(gradients, batch, vectors)
+def _block_bytes(attributor: "SourceAttributor", size: int, held: int, num_vectors: int) -> int:
+    """What the block of a parameter of `size` bytes takes beside its columns and vectors."""
+    dense, budget = attributor.num_samples * size, attributor.memory_budget
+    piece = max(1, min(budget // 4, PIECE_BYTES))
+    whole = held >= dense and dense <= budget // 2
+    # Whitened and turned columns, of all samples or of some; moments and bases; parts of the vectors, turned.
+    return (2 * dense if whole else 2 * held + 2 * piece) + 3 * max(size, min(num_vectors * size, piece))

@@ -52,6 +52,9 @@ from .sample import FisherSample, combine
 Vectors = dict[str, torch.Tensor]
 _Name = TypeVar("_Name", bound=Hashable)
 
+PIECE_BYTES = 2**25
+"""Dense columns that are made of factored ones at once, at most: few enough to stay in a processor's cache."""
+
 # Weight-decay rates whose effects over the segment differ by less than this are treated as one in the samples' span
 # (not in the free decay, which stays exact): half the modes, for an error far below that of sampling labels.
 _MERGE_RATES = 1e-3
@@ -163,7 +166,7 @@ class JointCurvature:
     @property
     def _piece_bytes(self) -> int:
         """Dense columns made at once of factored ones, beside what is held."""
-        return max(1, min(self.memory_budget // 4, 2**25))
+        return max(1, min(self.memory_budget // 4, PIECE_BYTES))
 
     def _tail(
         self, name: str, q: torch.Tensor, samples: "Whitened", flow: Flow, sample: FisherSample, carry: bool
@@ -283,14 +286,14 @@ class Whitened:
             yield part, self.preconditioner.root_of(own, part)
 
 
-_GRAM_BLOCK = 256
+GRAM_BLOCK = 256
 """Samples whose products with each other are taken at once: fewer are no faster, more do what symmetry saves."""
 
 
 def add_gram(rows: torch.Tensor, total: torch.Tensor) -> None:
     """Add `R R^T` to `total`, in blocks: those of its lower half only, for it is symmetric."""
-    for start in range(0, len(rows), _GRAM_BLOCK):
-        own = slice(start, min(start + _GRAM_BLOCK, len(rows)))
+    for start in range(0, len(rows), GRAM_BLOCK):
+        own = slice(start, min(start + GRAM_BLOCK, len(rows)))
         total[own, : own.stop] += rows[own] @ rows[: own.stop].T
 
 

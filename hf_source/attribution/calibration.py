@@ -1,0 +1,146 @@
+# Copyright 2026 The hf_source team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What `plan()` measures on the machine: time and memory of a few real batches, and the speed of products."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ..budget import clock
+from ..gradients import RowGradients
+from ..recording import StageRecord
+from ..source import score_rows
+from .methods.projected import ProjectedOptions
+
+
+if TYPE_CHECKING:
+    from .attributor import SourceAttributor
+    from .rows import StageRows
+
+
+_VECTOR_BYTES = 2**28
+"""Query vectors that a calibration makes; the time of more is that of these and of one, continued."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Of one stage's model on its rows.
+
+    Attributes:
+        pass_seconds: for each token, of forward and backward with per-row gradients.
+        score_seconds: for each token, of what the method does with a row, the pass included.
+        first_seconds: once, of checking the rules and of the queries' gradients.
+        operations_per_second: of products of large matrices.
+        batch_bytes: that a batch of `max_tokens_per_batch` leaves between its forward and its backward pass, and what
+            goes back through its largest layer; of as many tokens as there are, if they are fewer.
+        token_bytes: the same for each token.
+    """
+
+    pass_seconds: float
+    score_seconds: float
+    first_seconds: float
+    operations_per_second: float
+    batch_bytes: int
+    token_bytes: float
+
+
+def calibrate(
+    attributor: "SourceAttributor", gradients: RowGradients, stage: StageRecord, num_queries: int
+) -> Calibration:
+    """Run a few batches of a stage, at its final weights."""
+    rows = attributor.rows(stage)
+    rows.prepare(gradients)
+    stage.load_weights(gradients.model, "final")
+    start = clock(attributor.device)
+    gradients.check(rows.collated(rows.shortest(2), attributor.device))
+    checking = clock(attributor.device) - start
+    batches = rows.batches(rows.trained)
+    chosen = [batches[i] for i in sorted({0, len(batches) // 2, len(batches) - 1})]
+    token_bytes = _bytes_per_token(gradients, rows, chosen[0][:4], attributor.device)
+    seconds = lambda work: _seconds_per_token(work, rows, chosen, attributor.device)  # noqa: E731
+    if isinstance(attributor.options, ProjectedOptions):
+        alone = together = seconds(_projecting(attributor, gradients, stage))
+    else:
+        largest = max(parameter.numel() * parameter.element_size() for parameter in gradients.parameters.values())
+        most = min(num_queries, max(2, _VECTOR_BYTES // largest))
+        alone = seconds(_scoring(gradients, 1))
+        together = seconds(_scoring(gradients, most)) if num_queries > 1 else alone
+        together += max(0.0, together - alone) * (num_queries - most) / max(1, most - 1)
+    tokens = max(len(numbers) * int(rows.lengths[numbers].max()) for numbers in batches)
+    first = checking + num_queries * float(rows.lengths[rows.trained].mean()) * alone  # a query is about a row
+    tokens = max(len(numbers) * int(rows.lengths[numbers].max()) for numbers in batches)
+    speed = _operations_per_second(attributor)
+    return Calibration(alone, together, first, speed, int(token_bytes * tokens), token_bytes)
+
+
+def _scoring(gradients: RowGradients, count: int) -> Callable[[dict], object]:
+    """Products with so many vectors, each parameter's in the same memory."""
+    largest = max(gradients.parameters.values(), key=torch.numel)
+    memory = largest.new_ones(count * largest.numel())
+    vectors = {
+        name: memory[: count * parameter.numel()].view(count, *parameter.shape)
+        for name, parameter in gradients.parameters.items()
+    }
+    return lambda batch: score_rows(gradients, batch, vectors)
+
+
+def _projecting(
+    attributor: "SourceAttributor", gradients: RowGradients, stage: StageRecord
+) -> Callable[[dict], object]:
+    own = gradients.only(name for name in gradients.parameters if name in stage.trainable)
+    projector = attributor.options.projector(attributor, stage, own)
+    return lambda batch: projector.project(own, own.run(batch))
+
+
+def _seconds_per_token(
+    work: Callable[[dict], object], rows: "StageRows", chosen: list[np.ndarray], device: torch.device
+) -> float:
+    work(rows.collated(chosen[0][:2], device))  # warm-up
+    tokens = sum(int(rows.lengths[numbers].sum()) for numbers in chosen)
+    start = clock(device)
+    for numbers in chosen:
+        work(rows.collated(numbers, device))
+    return (clock(device) - start) / tokens
+
+
+def _bytes_per_token(gradients: RowGradients, rows: "StageRows", numbers: np.ndarray, device: torch.device) -> float:
+    """What autograd keeps of a batch and what rules read, each once, and three times the largest for its gradient."""
+    batch = rows.collated(numbers, device)
+    own = {parameter.untyped_storage().data_ptr() for parameter in gradients.model.parameters()}
+    held: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage()
+        if place.data_ptr() not in own:
+            held[place.data_ptr()] = max(held.get(place.data_ptr(), 0), place.nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        gradients.stream(batch, list(gradients.parameters), lambda *call: note(call[2].input), lambda *block: None)
+    tokens = len(numbers) * int(rows.lengths[numbers].max())
+    return (sum(held.values()) + 3 * max(held.values(), default=0)) / max(1, tokens)
+
+
+def _operations_per_second(attributor: "SourceAttributor") -> float:
+    """Operations a second of the device, from a product of matrices."""
+    one = torch.ones(512, 512, dtype=attributor.dtype, device=attributor.device)
+    seconds = []
+    for _ in range(4):  # the first is a warm-up
+        start = clock(attributor.device)
+        float((one @ one)[0, 0])  # waits for the device
+        seconds.append(clock(attributor.device) - start)
+    return 2 * len(one) ** 3 / min(seconds[1:])
