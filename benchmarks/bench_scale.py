@@ -27,7 +27,7 @@ type of a fifteenth of the size. `rows` and `queries`: a GPT-2 of 0.13 M paramet
 
 Every line runs in a process of its own (peak memory is that of the process, `ru_maxrss`) and is saved as it is done;
 lines that are there already are not run again but with `--again`. Without the package of the weights, random weights
-of the same shape are used, and the line says so. `plan` holds what `SourceAttributor.plan` predicted before, in
+of the same shape are used, and the line says so. `plan` holds what `SourceAttributor.plan` predicts, in
 processor seconds.
 """
 
@@ -223,9 +223,6 @@ def measure(line: dict[str, Any], target: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     settings = {key: line[key] for key in ("max_tokens_per_batch", "memory_budget") if key in line}
     queries, before = queries_of(line), peak_memory()
-    planner = SourceAttributor.from_record(target / "record", num_samples=line["samples"], progress=False, **settings)
-    planned = planner.plan(None, queries)
-    del planner
     attributor = SourceAttributor.from_record(
         target / "record", num_samples=line["samples"], progress=False, **settings
     )
@@ -234,6 +231,9 @@ def measure(line: dict[str, Any], target: Path) -> dict[str, Any]:
         attributor.scores(None, queries)
     seconds, wall = time.process_time() - start, time.perf_counter() - clock
     peak = peak_memory()
+    planned = SourceAttributor.from_record(  # afterwards, for its memory is not the line's
+        target / "record", num_samples=line["samples"], progress=False, **settings
+    ).plan(None, queries)
     plain = plain_pass(attributor, "recorded")
     return {
         "ratio": round(seconds / plain, 3),

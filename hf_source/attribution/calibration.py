@@ -127,7 +127,7 @@ def _bytes_per_token(gradients: RowGradients, rows: "StageRows", numbers: np.nda
         place = tensor.untyped_storage()
         if place.data_ptr() not in own:
             held[place.data_ptr()] = max(held.get(place.data_ptr(), 0), place.nbytes())
-        return tensor
+        return tensor.detach()  # an output that its own node held would hold the node
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         gradients.stream(batch, list(gradients.parameters), lambda *call: note(call[2].input), lambda *block: None)
