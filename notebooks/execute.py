@@ -13,8 +13,8 @@
 # limitations under the License.
 """Run the notebooks and keep their outputs: `python notebooks/execute.py [NAME.ipynb ...]`, by default all of them.
 
-With `--badges` only their first cell is written anew, which opens them in Colab: it links the repository that
-pyproject.toml names.
+With `--badges` only their first cell is written anew, which opens them in Colab: from the repository that
+pyproject.toml names (`Repository` of `[project.urls]`), or by uploading them where it names none.
 
 Each runs in a temporary folder, so that no output holds a path of this machine and nothing is left behind.
 """
@@ -38,13 +38,18 @@ BADGE = "badge"
 def badge(path: Path) -> str:
     """Markdown that opens a notebook in Colab, and says how to install the library there."""
     project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    repository = project["urls"]["Repository"]
-    place = repository.removeprefix("https://github.com/")
-    return (
-        "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
-        f"(https://colab.research.google.com/github/{place}/blob/main/notebooks/{path.name})\n\n"
-        f'On Colab, first run `!pip install "{project["name"]}[demo,plot] @ git+{repository}"`.'
-    )
+    repository = project.get("urls", {}).get("Repository")
+    if repository is None:  # no address that is known to be this repository's: nobody is told to install another's
+        where = ""
+        install = (
+            "Choose *Upload* and this notebook. Make a wheel of the repository (`pip wheel --no-deps .`), put it "
+            f'beside the notebook, and first run `!pip install "$(ls {project["name"]}-*.whl)[demo,plot]"`.'
+        )
+    else:
+        where = f"github/{repository.removeprefix('https://github.com/')}/blob/main/notebooks/{path.name}"
+        install = f'On Colab, first run `!pip install "{project["name"]}[demo,plot] @ git+{repository}"`.'
+    image = "https://colab.research.google.com/assets/colab-badge.svg"
+    return f"[![Open in Colab]({image})](https://colab.research.google.com/{where})\n\n{install}"
 
 
 def with_badge(notebook: nbformat.NotebookNode, path: Path) -> nbformat.NotebookNode:

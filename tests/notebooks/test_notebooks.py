@@ -63,15 +63,32 @@ def test_every_notebook_is_known():
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_badges(path):
-    """Each opens itself in Colab, from the one place that says where the repository is."""
+    """Each opens Colab; an address to install from comes from the one place that may name it."""
     pytest.importorskip("nbformat")
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     expected = runpy.run_path(str(NOTEBOOKS / "execute.py"))["badge"](path)
     assert "".join(cells[0]["source"]) == expected, "run notebooks/execute.py --badges"
     assert sum("colab-badge.svg" in "".join(cell["source"]) for cell in cells) == 1
-    repository = tomllib.loads((NOTEBOOKS.parent / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
-    assert f"/github/{repository.split('github.com/')[1]}/blob/main/notebooks/{path.name})" in expected
-    assert f"git+{repository}" in expected
+    named = tomllib.loads((NOTEBOOKS.parent / "pyproject.toml").read_text())["project"].get("urls", {})
+    assert ("git+" in expected) == ("Repository" in named)
+
+
+@pytest.mark.parametrize("repository", [None, "https://github.com/someone/somewhere"])
+def test_a_badge_follows_the_address(repository, tmp_path):
+    pytest.importorskip("nbformat")
+    project = '[project]\nname = "hf_source"\n'
+    project += f'[project.urls]\nRepository = "{repository}"\n' if repository else ""
+    (tmp_path / "pyproject.toml").write_text(project, encoding="utf-8")
+    badge = runpy.run_path(str(NOTEBOOKS / "execute.py"))["badge"]
+    badge.__globals__["FOLDER"] = tmp_path / "notebooks"
+    said = badge(PATHS[0])
+    if repository is None:
+        assert "(https://colab.research.google.com/)" in said and "hf_source-*.whl" in said
+    else:
+        assert (
+            f"(https://colab.research.google.com/github/someone/somewhere/blob/main/notebooks/{PATHS[0].name})" in said
+        )
+        assert f"git+{repository}" in said
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
