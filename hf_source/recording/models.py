@@ -52,11 +52,10 @@ def context_length(model: torch.nn.Module) -> int | None:
 
 
 def num_embeddings(model: torch.nn.Module) -> int | None:
-    """Tokens that the model has embeddings of, where its input layer says."""
+    """Tokens that the model has embeddings of; `None` of one that reads no tokens, such as a network for images."""
     try:
         return getattr(plain_model(model).get_input_embeddings(), "num_embeddings", None)
-    # No such method: not a model of transformers. Not implemented: one of its own whose input layer it does not know.
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, RuntimeError):  # not of transformers; or of it, which raises where it finds no such layer
         return None
 
 
