@@ -69,11 +69,19 @@ TOKENS, NUM_QUERIES = 128, 16
 SHARE = 4  # rows for each sample of the curvature
 LINES: dict[str, dict[str, Any]] = {
     **{
-        f"smollm2 {kind}, L={segments}": {
-            "kind": kind, "segments": segments, "rows": rows, "tokens": TOKENS, "queries": NUM_QUERIES,
-            "samples": rows // SHARE, "max_tokens_per_batch": 2048, "memory_budget": 4 * 2**30,
+        f"smollm2 lora, L={segments}": {
+            "kind": "lora", "segments": segments, "rows": 128, "tokens": TOKENS, "queries": NUM_QUERIES,
+            "samples": 128 // SHARE, "max_tokens_per_batch": 2048, "memory_budget": 4 * 2**30,
         }
-        for kind, rows in (("lora", 128), ("full", 32)) for segments in (1, 3)
+        for segments in (1, 3)
+    },
+    **{
+        f"smollm2 full, L={segments}": {
+            "kind": "full", "segments": segments, "rows": 128, "tokens": TOKENS, "queries": NUM_QUERIES,
+            "samples": 128 // SHARE, "max_tokens_per_batch": 1024, "memory_budget": 5 * 2**30,
+            "vector_dtype": "bfloat16",
+        }
+        for segments in (1, 3)
     },
     **{
         f"llama 9M full, L={segments}": {
@@ -221,7 +229,7 @@ def timed_phases() -> Iterator[dict[str, float]]:
 def measure(line: dict[str, Any], target: Path) -> dict[str, Any]:
     """Attribution first, for its peak memory, then the plain pass."""
     torch.set_num_threads(1)
-    settings = {key: line[key] for key in ("max_tokens_per_batch", "memory_budget") if key in line}
+    settings = {key: line[key] for key in ("max_tokens_per_batch", "memory_budget", "vector_dtype") if key in line}
     queries, before = queries_of(line), peak_memory()
     attributor = SourceAttributor.from_record(
         target / "record", num_samples=line["samples"], progress=False, **settings

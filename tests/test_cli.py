@@ -172,6 +172,7 @@ def test_plan_takes_settings_from_recipe_options_and_set(record, tmp_path):
     )
     over = ["--set", "method=grad-cos", "-s", "max_tokens_per_batch=64"]
     assert "grad-cos" in run("plan", record, *ASKED, "--recipe", recipe, "--method", "source", *over)
+    assert "source (joint)" in run("plan", record, *ASKED, *FEW, "--set", "vector_dtype=bfloat16")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from torch import nn
 
 from .. import __version__
 from ..budget import parse_bytes
-from ..curvature import make_curvature
+from ..curvature import JointCurvature, make_curvature
 from ..errors import ConfigError, DataError, UnsupportedError
 from ..gradients import PROBES, Loss, Measurement, Task, describe_measurement
 from ..logs import get_logger
@@ -92,6 +92,9 @@ class SourceAttributor(Shared, RunReader):
         memory_budget: bytes, or a size such as `"2GiB"`, for the columns of the sample matrix held at once (1 GiB by
             default), and, if given, for the query vectors: with more queries than fit it, some walk after others.
         dtype: of gradients.
+        vector_dtype: that query vectors and the sample's columns are held in and multiplied with gradients in, of
+            Source with `joint` curvature; `"bfloat16"` takes half the memory and, on processors made for it, less
+            time, at an accuracy of some thousandths (`docs/scaling.md`). By default they are as gradients.
         cache_dir: folder where finished work is kept, so that the same attribution goes on where it was when it was
             killed; scores stay, vectors (as large as the model times the queries) are deleted as they are used up.
         seed: of the sampled rows and labels.
@@ -130,6 +133,7 @@ class SourceAttributor(Shared, RunReader):
         memory_budget: int | str | None = None,
         cache_dir: str | Path | None = None,
         dtype: torch.dtype = torch.float32,
+        vector_dtype: str | None = None,
         seed: int = 0,
         accelerator: Accelerator | None = None,
         progress: bool = True,
@@ -181,6 +185,7 @@ class SourceAttributor(Shared, RunReader):
             "memory_budget": memory_budget,
             "cache_dir": cache_dir,
             "dtype": dtype,
+            "vector_dtype": vector_dtype,
             "seed": seed,
             "accelerator": accelerator,
             "progress": progress,
@@ -192,6 +197,7 @@ class SourceAttributor(Shared, RunReader):
         self.query_budget = None if memory_budget is None else self.memory_budget
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.curvature = make_curvature(curvature, tail=tail, memory_budget=self.memory_budget, **own)
+        self.vector_dtype = None if vector_dtype is None else self._vector_dtype(vector_dtype, dtype)
         self.num_samples = num_samples
         self.momentum, self.probes = momentum, probes
         self.seed = seed
@@ -249,6 +255,8 @@ class SourceAttributor(Shared, RunReader):
         same = changes.get("method", self.method) == self.method
         own = {field.name: getattr(self.options, field.name) for field in fields(self.options)} if same else {}
         given = {"method": self.method, "datasets": self._datasets, **self._given, **own}
+        if not same or changes.get("curvature", "joint") != "joint":  # vectors of others are held as gradients are
+            given["vector_dtype"] = None
         if same and "method" not in changes:
             given["index"] = self.index
         records = self.record if self.ensemble is None else self.ensemble.records
@@ -272,6 +280,8 @@ class SourceAttributor(Shared, RunReader):
         common = {key: self._given[key] for key in read}
         if read and self.probes != "labels":
             common["probes"] = self.probes
+        if self._given["vector_dtype"] is not None:
+            common["vector_dtype"] = self._given["vector_dtype"]
         if self._measurement != Loss():
             common["measurement"] = describe_measurement(self._measurement)
         named = {"task": self._task, "data_collator": self.data_collator}
@@ -305,7 +315,21 @@ class SourceAttributor(Shared, RunReader):
             self.momentum,
             self.progress,
             probes=self.probes,
+            vector_dtype=self.vector_dtype,
         )
+
+    def _vector_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        known = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+        if name not in known or known[name].itemsize > dtype.itemsize:
+            raise ConfigError(
+                f"vector_dtype={name!r}: vectors are held in 'bfloat16' or 'float32', and no wider than dtype={dtype}."
+            )
+        if self.method not in ("source", "fast-source") or not isinstance(self.curvature, JointCurvature):
+            raise ConfigError(
+                f"vector_dtype={name!r} belongs to method='source' and 'fast-source' with curvature='joint'; "
+                f"here they are {self.method!r} and {self.curvature_name!r}."
+            )
+        return known[name]
 
     def split(self, queries: Queries, granularity: QueryGranularity = "token") -> Queries:
         """A query for each token of the answers, or for each part of them that is marked (see `mark`).
@@ -356,7 +380,7 @@ class SourceAttributor(Shared, RunReader):
             "record": record_digest(self.record),
             "settings": self.settings(),
             "given": given,
-            "dtype": str(self.dtype),
+            "dtype": [str(self.dtype), str(self.vector_dtype)],
             "device": self.device.type,
             "model": None if self.make_model is None else self.make_model.__qualname__,
             "processes": [self.accelerator.process_index, self.accelerator.num_processes],

@@ -77,8 +77,8 @@ def calibrate(
     else:
         largest = max(parameter.numel() * parameter.element_size() for parameter in gradients.parameters.values())
         most = min(num_queries, max(2, _VECTOR_BYTES // largest))
-        alone = seconds(_scoring(gradients, 1))
-        together = seconds(_scoring(gradients, most)) if num_queries > 1 else alone
+        alone = seconds(_scoring(gradients, 1, attributor.vector_dtype))
+        together = seconds(_scoring(gradients, most, attributor.vector_dtype)) if num_queries > 1 else alone
         together += max(0.0, together - alone) * (num_queries - most) / max(1, most - 1)
     tokens = max(len(numbers) * int(rows.lengths[numbers].max()) for numbers in batches)
     first = checking + num_queries * float(rows.lengths[rows.trained].mean()) * alone  # a query is about a row
@@ -87,10 +87,10 @@ def calibrate(
     return Calibration(alone, together, first, speed, int(token_bytes * tokens), token_bytes)
 
 
-def _scoring(gradients: RowGradients, count: int) -> Callable[[dict], object]:
+def _scoring(gradients: RowGradients, count: int, dtype: torch.dtype | None) -> Callable[[dict], object]:
     """Products with so many vectors, each parameter's in the same memory."""
     largest = max(gradients.parameters.values(), key=torch.numel)
-    memory = largest.new_ones(count * largest.numel())
+    memory = largest.new_ones(count * largest.numel(), dtype=dtype or largest.dtype)
     vectors = {
         name: memory[: count * parameter.numel()].view(count, *parameter.shape)
         for name, parameter in gradients.parameters.items()

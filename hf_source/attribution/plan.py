@@ -214,7 +214,8 @@ def _column_bytes(attributor: "SourceAttributor", gradients: RowGradients, stage
     """What each parameter's columns of the sample matrix take."""
     rows, count = attributor.rows(stage), attributor.num_samples
     tokens = count * float(rows.lengths[rows.trained].mean()) if "input_ids" in (rows.columns or ()) else None
-    return [column_bytes(p, count, tokens, gradients.rules(name)) for name, p in gradients.parameters.items()]
+    parameters, dtype = gradients.parameters.items(), attributor.vector_dtype
+    return [column_bytes(p, count, tokens, gradients.rules(name), dtype) for name, p in parameters]
 
 
 def _sample_passes(attributor: "SourceAttributor", columns: list[int]) -> int:
@@ -331,9 +332,10 @@ def _memory(
         memory["sample space"] = 6 * 8 * attributor.num_samples**2
         if attributor.method in ("source", "fast-source"):
             each = vectors_each(attributor)
-            at_once = queries_at_once(attributor.query_budget, sum(sizes), element, num_queries, each)
+            held = (attributor.vector_dtype or attributor.dtype).itemsize
+            at_once = queries_at_once(attributor.query_budget, sum(sizes), held, num_queries, each)
             segments = sum(len(stage.segments) for stage in attributor.record.stages)
-            memory["query vectors"] = (2 if segments > 1 else 1) * at_once * total
+            memory["query vectors"] = (2 if segments > 1 else 1) * at_once * sum(sizes) * held
             memory["one parameter's block"] = max(
                 _block_bytes(attributor, size * element, held, at_once)
                 for size, held in zip(sizes, columns, strict=True)

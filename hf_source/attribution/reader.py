@@ -215,15 +215,18 @@ class RunReader:
         refuse_other_than_queries(queries)
         return queries.encode(self.processing_class, self.context_length, self.record.stages[-1].is_encoder_decoder)
 
-    def query_gradients(self, gradients: RowGradients, queries: Queries) -> dict[str, torch.Tensor]:
-        """`grad f_q` at the model's present weights: name -> `[queries, *parameter.shape]`."""
+    def query_gradients(
+        self, gradients: RowGradients, queries: Queries, dtype: torch.dtype | None = None
+    ) -> dict[str, torch.Tensor]:
+        """`grad f_q` at the model's present weights: name -> `[queries, *parameter.shape]`, held in `dtype`."""
+        dtype = dtype or self.dtype
         result = {
-            name: torch.empty((len(queries), *parameter.shape), dtype=self.dtype, device=self.device)
+            name: torch.empty((len(queries), *parameter.shape), dtype=dtype, device=self.device)
             for name, parameter in gradients.parameters.items()
         }
         for engine, chosen, batch in query_batches(self, gradients, queries):
             for name, rows, grads in engine.blocks(engine.run(batch)):
-                result[name][torch.as_tensor(chosen[rows].copy(), device=self.device)] = grads.to(self.dtype)
+                result[name][torch.as_tensor(chosen[rows].copy(), device=self.device)] = grads.to(dtype)
         return result
 
     # ---- several processes -------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ for, `x` and `dy` are kept instead, and gradients are made of them again, a few 
 time: the products are a third of the pass that gave them, which is not made again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +26,31 @@ import torch
 
 from ..gradients.contraction import FACTORED, add_piece, pieces
 from ..gradients.rules import Call, Rule, embedding_weight
+
+
+class Narrowed:
+    """Holds tensors in another type; what modules share, such as the input of several, is converted once.
+
+    Args:
+        dtype: to hold floating-point tensors in.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._known: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor in the type."""
+        if not tensor.is_floating_point() or tensor.dtype == self.dtype:
+            return tensor
+        place = tensor.data_ptr(), tensor.shape, tensor.stride()
+        if place not in self._known:  # holding on to the tensor, so that no other comes to lie there
+            self._known[place] = tensor, tensor.to(self.dtype)
+        return self._known[place][1]
+
+    def forget(self) -> None:
+        """Let the tensors of a batch go."""
+        self._known.clear()
 
 
 @dataclass
@@ -46,6 +71,7 @@ class Columns:
         like: the parameter.
         scale: of the gradients that parts hold; `dense` is scaled already.
         piece_bytes: dense columns made at once.
+        narrow: how tensors of parts are held, e.g. in `bfloat16`; as they are by default.
         dense: columns that are held as they are; parts add to it.
         parts: held factored.
     """
@@ -54,6 +80,7 @@ class Columns:
     like: torch.Tensor
     scale: float
     piece_bytes: int
+    narrow: Callable[[torch.Tensor], torch.Tensor] | None = None
     dense: torch.Tensor | None = None
     parts: list[Part] = field(default_factory=list)
 
@@ -70,6 +97,8 @@ class Columns:
             and rule in FACTORED
             and _num_bytes(call) < count * self.like.numel() * self.like.element_size()
         ):
+            if self.narrow is not None:
+                call = call.with_tensors(self.narrow(call.input), self.narrow(call.grad))
             self.parts.append(Part(samples, rule, call))
             return
         target = self._held()[samples]
@@ -155,7 +184,13 @@ def _num_bytes(call: Call) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in (call.input, call.grad))
 
 
-def column_bytes(parameter: torch.Tensor, samples: int, tokens: float | None, rules: list[Rule] | None) -> int:
+def column_bytes(
+    parameter: torch.Tensor,
+    samples: int,
+    tokens: float | None,
+    rules: list[Rule] | None,
+    dtype: torch.dtype | None = None,
+) -> int:
     """Bytes that a parameter's columns of `S` take.
 
     Args:
@@ -163,9 +198,10 @@ def column_bytes(parameter: torch.Tensor, samples: int, tokens: float | None, ru
         samples: number of them.
         tokens: of all samples; `None` if unknown.
         rules: of the parameter's uses; `None` if no rule fits.
+        dtype: that factored columns are held in; the parameter's by default.
     """
-    element = parameter.element_size()
-    dense = samples * parameter.numel() * element
+    dense = samples * parameter.numel() * parameter.element_size()
+    element = (dtype or parameter.dtype).itemsize
     if tokens is None or not rules or not all(rule in FACTORED for rule in rules):
         return dense
     held = [_INDEX_BYTES + parameter.shape[1] * element if rule is embedding_weight else sum(parameter.shape) * element

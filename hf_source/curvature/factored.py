@@ -69,7 +69,7 @@ def fit_factored(columns: Columns, preconditioner: Diagonal, diagonal_left: bool
         diagonal_left: see `GradientMoments`. Needed where an embedding is among the calls.
     """
     m, k = columns.shape
-    by_left, by_right = preconditioner.roots_of_sides(columns.like)
+    by_left, by_right = (side.to(columns.parts[0].call.grad) for side in preconditioner.roots_of_sides(columns.like))
     whitened = [_scaled(part, by_left, by_right) for part in columns.parts]
     left = None if diagonal_left or m > MAX_FULL_SIDE else columns.like.new_zeros((m, m))
     right = columns.like.new_zeros((k, k)) if k <= MAX_FULL_SIDE else None
@@ -109,7 +109,7 @@ def _scaled(part: Part, by_left: torch.Tensor, by_right: torch.Tensor) -> Part:
 
 def _rotated(part: Part, left: torch.Tensor | None, right: torch.Tensor | None) -> Part:
     """The call whose gradients are `L^T G R`."""
-    times = lambda tensor, basis: tensor if basis is None else tensor @ basis  # noqa: E731
+    times = lambda tensor, basis: tensor if basis is None else tensor @ basis.to(tensor)  # noqa: E731
     if part.rule is embedding_weight:  # its first axis has no basis but its own
         return _with(part, part.call.input, times(part.call.grad, right))
     sides = (right, left) if part.rule is not conv1d_weight else (left, right)
@@ -131,7 +131,7 @@ def _add_right(one: Part, other: Part, moment: torch.Tensor) -> None:
     embeds = one.rule is embedding_weight, other.rule is embedding_weight
     right = [_sides(part, rows)[1] for part in (one, other)]
     if all(embeds):
-        gram = (one.call.input[:, :, None] == other.call.input[:, None, :]).to(moment)
+        gram = (one.call.input[:, :, None] == other.call.input[:, None, :]).to(right[0])
     elif embeds[0]:
         gram = _looked_up(_sides(other, rows)[0], one.call.input).transpose(1, 2)
     elif embeds[1]:

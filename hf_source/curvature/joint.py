@@ -172,7 +172,8 @@ class JointCurvature:
         self, name: str, q: torch.Tensor, samples: "Whitened", flow: Flow, sample: FisherSample, carry: bool
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """`q` after the split-off factors, for scoring and, if wanted, for carrying on; `q` itself is changed."""
-        decay, length = flow.decay[name].to(q), flow.length
+        like = sample.gradients.parameters[name]
+        decay, length = flow.decay[name].to(like), flow.length
         block = samples.fit(name in sample.gradients.vocabulary) if self.tail else None
         functions, result = ([decayed] if carry else []) + [_mean_over_time], [q.clone()] if carry else []
         result.append(q)
@@ -185,9 +186,10 @@ class JointCurvature:
             parts = [vectors.split(at_once) for vectors in result]
             for own in zip(*parts, strict=True):
                 if decay.dim():
-                    found = [block.apply(part, function) for part, function in zip(own, of_modes, strict=True)]
+                    pairs = zip(own, of_modes, strict=True)
+                    found = [block.apply(part.to(like), function) for part, function in pairs]
                 else:  # the same vectors for both
-                    found = block.apply_all(own[-1], of_modes)
+                    found = block.apply_all(own[-1].to(like), of_modes)
                 for part, after in zip(own, found, strict=True):
                     part.copy_(after)
         return result[-1], result[:-1]

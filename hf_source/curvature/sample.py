@@ -30,7 +30,7 @@ from ..gradients.rows import Pass, RowGradients, as_rows
 from ..gradients.rules import Call, Rule
 from ..gradients.signs import curvature_task
 from ..gradients.task import task_labels
-from .columns import Columns
+from .columns import Columns, Narrowed
 
 
 def systematic_sample(weights: np.ndarray, size: int, seed: int) -> np.ndarray:
@@ -67,6 +67,7 @@ class FisherSample:
         entering: batch number -> what to do before that batch and those after it, where a sample is spread over
             several weights: put them into the model. The first batch has to be among them, if there is any.
         probes: `"labels"` or `"signs"`; see `gradients/signs.py`.
+        dtype: that factored columns are held in; that of the gradients by default.
     """
 
     def __init__(
@@ -77,8 +78,10 @@ class FisherSample:
         objective_scale: float = 1.0,
         entering: Mapping[int, Callable[[], None]] | None = None,
         probes: str = "labels",
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.entering = entering or {}
+        self.dtype = dtype
         self.batches = batches
         self.gradients = gradients.with_task(curvature_task(gradients.task, probes))
         labels = [task_labels(self.gradients.task, batch) for batch in batches]
@@ -151,12 +154,20 @@ class FisherSample:
             piece_bytes: dense columns that are made at once of what is held.
         """
         parameters = self.gradients.parameters
-        result = {name: Columns(self.size, parameters[name], self.scale, piece_bytes) for name in names}
-        self.stream(
-            names,
-            lambda name, samples, rule, call: result[name].add(samples, rule, call),
-            lambda name, samples, grads: result[name].add_rows(samples, grads),
-        )
+        narrow = None if self.dtype is None else Narrowed(self.dtype)
+        result = {name: Columns(self.size, parameters[name], self.scale, piece_bytes, narrow) for name in names}
+        last = None
+
+        def add(name: str, samples: slice, rule: Rule, call: Call) -> None:
+            nonlocal last
+            if narrow is not None and samples != last:
+                narrow.forget()
+            last = samples
+            result[name].add(samples, rule, call)
+
+        self.stream(names, add, lambda name, samples, grads: result[name].add_rows(samples, grads))
+        if narrow is not None:
+            narrow.forget()
         return result
 
     def visit(self) -> Iterator[dict[str, torch.Tensor]]:

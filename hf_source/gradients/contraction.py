@@ -87,13 +87,17 @@ def add_piece(
     if rule is not embedding_weight:
         left, right = factors(rule, call, rows)
         left = left if part == slice(0, left.shape[-1]) else left[..., part]
+        if left.dtype != target.dtype:
+            own = torch.bmm(left.transpose(1, 2), right)
+            torch.mul(own, scale, out=target) if fresh else target.add_(own, alpha=scale)
+            return
         torch.baddbmm(target, left.transpose(1, 2), right, beta=0 if fresh else 1, alpha=scale, out=target)
         return
     if fresh:
         target.zero_()
     number, position, entry = _entries(call, rows, part)
     flat = target.view(-1, target.shape[-1])
-    grads = by_row(call.grad, rows)[number, position]
+    grads = by_row(call.grad, rows)[number, position].to(target)
     flat.index_add_(0, number * (part.stop - part.start) + entry, grads, alpha=scale)
 
 
@@ -125,13 +129,16 @@ def add_dots(rule: Rule, call: Call, rows: int, vectors: torch.Tensor, total: to
 
     Args:
         rule, call, rows: see `pieces`.
-        vectors: `[vectors, *parameter.shape]`.
+        vectors: `[vectors, *parameter.shape]`; if they are narrower than the gradients, so are the factors that are
+            multiplied with each other and with them.
         total: `[vectors, rows]`, added to.
     """
     if rule is embedding_weight:
         _add_looked_up(call, rows, vectors, total)
         return
     if rule in FACTORED:
+        if vectors.dtype.itemsize < call.grad.element_size():
+            call = call.with_tensors(call.input.to(vectors.dtype), call.grad.to(vectors.dtype))
         left, right = factors(rule, call, rows)
         tokens, count = left.shape[1], len(vectors)
         if count * tokens <= count + tokens:

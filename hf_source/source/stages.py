@@ -48,6 +48,7 @@ class WalkSettings:
             (`RowTokens`); samples of the curvature are still drawn from the rows.
         work: keeps what is done.
         probes: what sampled gradients are drawn with, `"labels"` or `"signs"`.
+        vector_dtype: that the sample's factored columns are held in; `dtype` by default.
     """
 
     curvature: Any
@@ -62,6 +63,7 @@ class WalkSettings:
     targets: Mapping[str, Any] = field(default_factory=dict)
     work: Work = field(default_factory=Work)
     probes: str = "labels"
+    vector_dtype: torch.dtype | None = None
 
 
 def open_stage(

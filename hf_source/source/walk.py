@@ -207,7 +207,7 @@ def draw_sample(
             entering[len(batches)] = places[place]
         numbers = systematic_sample(weights, size, seed + 15485863 * place)
         batches += [rows.collated(part, settings.device) for part in rows.batches(numbers)]
-    return FisherSample(gradients, batches, seed, objective_scale, entering, settings.probes)
+    return FisherSample(gradients, batches, seed, objective_scale, entering, settings.probes, settings.vector_dtype)
 
 
 def score_rows(

@@ -219,6 +219,26 @@ def test_plan_says_what_will_be_done(story, queries):
     assert attributor(story, memory_budget=1000).plan(None, queries, "sft").stages[0].sample_passes > 1
 
 
+def test_vectors_in_bfloat16(story, queries, scores):
+    walker = attributor(story, vector_dtype="bfloat16")
+    for stage, expected in scores.items():
+        found = walker.scores(None, queries, stage)
+        assert found.dtype == np.float32 and not np.array_equal(found, expected)
+        for one, other in zip(found, expected, strict=True):
+            assert np.linalg.norm(one - other) < 0.02 * np.linalg.norm(other)
+    assert walker.settings() == attributor(story).settings() | {"vector_dtype": "bfloat16"} == walker.like().settings()
+    wide = attributor(story, vector_dtype="float32")
+    np.testing.assert_array_equal(wide.scores(None, queries, "sft"), scores["sft"])
+    with pytest.raises(ConfigError, match="vector_dtype='half': vectors are held in 'bfloat16' or 'float32'"):
+        attributor(story, vector_dtype="half")
+    with pytest.raises(ConfigError, match="no wider than dtype=torch.bfloat16"):
+        attributor(story, vector_dtype="float32", dtype=torch.bfloat16)
+    with pytest.raises(ConfigError, match="curvature='joint'; here they are 'source' and 'ekfac'"):
+        attributor(story, vector_dtype="bfloat16", curvature="ekfac")
+    with pytest.raises(ConfigError, match="here they are 'tracin'"):
+        attributor(story, vector_dtype="bfloat16", method="tracin")
+
+
 def test_small_memory_budget_changes_nothing(story, queries, scores):
     got = attributor(story, memory_budget=20_000).scores(None, queries, "pretrain")
     np.testing.assert_allclose(got, scores["pretrain"], rtol=1e-2, atol=1e-4 * np.abs(scores["pretrain"]).max())

@@ -17,7 +17,7 @@ import oracles
 import pytest
 import torch
 
-from hf_source.curvature import JointCurvature, factored
+from hf_source.curvature import FisherSample, JointCurvature, factored
 from hf_source.curvature import columns as columns_module
 from hf_source.curvature.block import fit_block
 from hf_source.gradients import CausalLMTask, RowGradients
@@ -25,6 +25,7 @@ from hf_source.gradients.contraction import add_combined, add_dots, pieces
 
 
 EXACT = 1e-10  # float64 sums in another order
+NARROW = 2**-7  # 4 roundings of bfloat16: of both factors of a product, of itself, and one more for what cancels
 
 
 @pytest.fixture
@@ -98,6 +99,55 @@ def test_nothing_is_carried_on_where_nobody_asks(segment):
         for name, vectors in alone.items():
             torch.testing.assert_close(vectors, scoring[name], rtol=1e-8, atol=1e-12)
     assert carried and all(torch.equal(before[name], vectors) for name, vectors in made.q.items())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_columns_are_held_in_a_narrower_type(segment, always, kind):
+    made = segment(kind)
+    narrow = FisherSample(made.gradients, made.batches, seed=1, dtype=torch.bfloat16)
+    expected, found = made.sample.columns(made.names), narrow.columns(made.names)
+    rounded = 0
+    for name, columns in found.items():
+        own, other = columns.whole(), expected[name].whole()
+        assert own.dtype == other.dtype == torch.float64
+        assert (own - other).norm() < NARROW * other.norm()
+        held = [tensor for part in columns.parts for tensor in (part.call.input, part.call.grad)]
+        assert all(tensor.dtype == torch.bfloat16 for tensor in held if tensor.is_floating_point())
+        rounded += not torch.equal(own, other)
+    assert rounded >= 3
+    if kind == "llama":  # queries, keys and values read the same input, which is held once
+        inputs = [found[f"model.layers.0.self_attn.{part}_proj.weight"].parts[0].call.input for part in "qkv"]
+        assert len({tensor.data_ptr() for tensor in inputs}) == 1
+
+
+@pytest.mark.parametrize("budget", [2**30, 1])
+@pytest.mark.parametrize("decay", ["equal", "elementwise"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_the_flow_in_a_narrower_type_is_that_of_float64(segment, always, kind, decay, budget):
+    made = segment(kind, "adam", decay)
+    expected = JointCurvature(memory_budget=budget).propagate(made.q, made.flow, made.sample)
+    narrow = FisherSample(made.gradients, made.batches, seed=1, dtype=torch.bfloat16)
+    q = {name: vectors.bfloat16() for name, vectors in made.q.items()}
+    got = JointCurvature(memory_budget=budget).propagate(q, made.flow, narrow)
+    for one, other in zip(got, expected, strict=True):
+        assert all(vectors.dtype == torch.bfloat16 for vectors in one.values())
+        flat, wanted = (torch.cat([own[name].double().flatten(1) for name in made.names], 1) for own in (one, other))
+        # A handful of roundings in a row; directions that decay hundreds of times over amplify none of them.
+        assert ((flat - wanted).norm(dim=1) < 8 * NARROW * wanted.norm(dim=1)).all()
+
+
+def test_products_with_vectors_of_a_narrower_type(segment):
+    made = segment("llama")
+    generator = torch.Generator().manual_seed(0)
+    done = made.gradients.run(made.batches[0])
+    for name, _, block in made.gradients.blocks(done):
+        vectors = torch.randn((3, *block.shape[1:]), generator=generator, dtype=torch.float64)
+        dots, narrow = vectors.new_zeros((3, len(block))), vectors.new_zeros((3, len(block)))
+        for rule, call in made.gradients.calls(name, done):
+            add_dots(rule, call, len(block), vectors, dots)
+            add_dots(rule, call, len(block), vectors.bfloat16(), narrow)
+        lengths = vectors.flatten(1).norm(dim=1)[:, None] * block.flatten(1).norm(dim=1)
+        assert ((dots - narrow).abs() <= NARROW * lengths).all()
 
 
 @pytest.mark.parametrize("lengths", [oracles.LENGTHS, (1, 1, 1)], ids=["rows", "one token"])

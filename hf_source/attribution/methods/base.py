@@ -87,7 +87,7 @@ def in_chunks(attributor: "SourceAttributor", queries: Queries, method: Method) 
     sizes = [
         np.prod(stage.tensor_info[name]["shape"]) for stage in attributor.record.stages for name in stage.trainable
     ]
-    element = torch.finfo(attributor.dtype).bits // 8
+    element = (attributor.vector_dtype or attributor.dtype).itemsize
     each = vectors_each(attributor)
     step = queries_at_once(attributor.query_budget, int(sum(sizes)), element, len(queries), each)
     if step >= len(queries) or method.together:

@@ -92,7 +92,7 @@ def _walk(attributor: "SourceAttributor", queries: Queries, checkpoints: bool) -
     return walk(
         attributor.record.stages,
         attributor.all_rows(),
-        lambda gradients: attributor.query_gradients(gradients, queries),
+        lambda gradients: attributor.query_gradients(gradients, queries, attributor.vector_dtype),
         replace(attributor.walk_settings(), checkpoints=checkpoints, work=attributor.work(queries)),
         attributor.build_model,
     )
