@@ -35,6 +35,7 @@ from ..gradients.convolutions import conv_sides, conv_weight
 from ..gradients.rows import Pass, RowGradients
 from ..gradients.rules import Call, by_row, conv1d_weight, linear_weight
 from .block import Block, GradientMoments, as_matrices, eigenvectors, rotate
+from .factored import factored_columns, is_cheaper, squares_in_bases
 from .flow import Flow, decayed, integral
 from .preconditioner import Preconditioner
 from .sample import FisherSample
@@ -114,11 +115,21 @@ class EKFACCurvature:
         """Two passes over the samples: bases, then eigenvalues in them."""
         bases = self._bases(names, flow, sample)
         eigenvalues: dict[str, torch.Tensor] = {}
+
+        def add(name: str, part: torch.Tensor) -> None:
+            eigenvalues[name] = eigenvalues[name].add_(part) if name in eigenvalues else part
+
         for _, done in sample.passes(names):
-            for name, _, grads in sample.gradients.blocks(done, names):
+            dense = []
+            for name in names:
+                columns = factored_columns(sample, name, done) if flow.preconditioner[name].is_constant else None
+                if columns is None or not is_cheaper(columns, flow.preconditioner[name]):
+                    dense.append(name)
+                else:
+                    add(name, flow.preconditioner[name].apply(squares_in_bases(columns, *bases[name])))
+            for name, _, grads in sample.gradients.blocks(done, dense):
                 matrices = as_matrices(flow.preconditioner[name].root(grads, sample.scale))
-                part = rotate(matrices, *bases[name]).square_().sum(dim=0)
-                eigenvalues[name] = part if name not in eigenvalues else eigenvalues[name].add_(part)
+                add(name, rotate(matrices, *bases[name]).square_().sum(dim=0))
         return {name: Block(*bases[name], eigenvalues[name], flow.preconditioner[name]) for name in names}
 
     def _bases(self, names, flow, sample) -> dict[str, tuple[torch.Tensor | None, torch.Tensor | None]]:

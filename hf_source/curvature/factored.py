@@ -26,17 +26,20 @@ for .626 with 1,024).
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
-from ..gradients.contraction import counted, factors
+from ..gradients.contraction import FACTORED, PIECE_BYTES, counted, factors
+from ..gradients.rows import Pass
 from ..gradients.rules import by_row, conv1d_weight, embedding_weight
 from .block import MAX_FULL_SIDE, Block, eigenvectors
 from .columns import Columns, Part
 from .preconditioner import Diagonal, Preconditioner
+from .sample import FisherSample
 
 
 FACTORED_SIZE = 2**17
-"""Parameters with more entries than this may get their block from factors; of smaller ones it is exact in `P`.
+"""Parameters with more entries than this may get their block from factors whatever `P`; of smaller ones it is exact.
 
 Taking blocks of small parameters from factors, too, makes the walk a quarter cheaper and leaves the linear
 datamodelling score as it is, but of the demo's 97 finetuned answers one loses the row that states it.
@@ -47,12 +50,11 @@ def is_cheaper(columns: Columns, preconditioner: Preconditioner) -> bool:
     """Whether a block is to be taken from factors."""
     if not isinstance(preconditioner, Diagonal) or columns.dense is not None or not columns.parts:
         return False
-    if columns.like.numel() <= FACTORED_SIZE:
+    if columns.like.numel() <= FACTORED_SIZE and not preconditioner.is_constant:
         return False
     m, k = columns.shape
-    tokens = max(by_row(part.call.grad, _rows(part)).shape[1] for part in columns.parts)
     full = m if m <= MAX_FULL_SIDE else 0
-    return multiplications(tokens, m, k, full) < 2 * m * k * (full + k)
+    return multiplications(max(map(_tokens, columns.parts)), m, k, full) < 2 * m * k * (full + k)
 
 
 def multiplications(tokens: int, m: int, k: int, full: int) -> int:
@@ -80,16 +82,72 @@ def fit_factored(columns: Columns, preconditioner: Diagonal, diagonal_left: bool
             _add_left(one, other, left)
     scale = columns.scale**2
     left, right = (None if moment is None else eigenvectors(moment * scale) for moment in (left, right))
-    rotated = Columns(columns.size, columns.like, columns.scale, columns.piece_bytes)
-    rotated.parts = [_rotated(part, left, right) for part in whitened]
-    eigenvalues = torch.empty_like(columns.like)
+    whitened = Columns(columns.size, columns.like, columns.scale, columns.piece_bytes, parts=whitened)
+    return Block(left, right, squares_in_bases(whitened, left, right), preconditioner)
+
+
+def factored_columns(sample: FisherSample, name: str, done: Pass) -> Columns | None:
+    """The columns of `S` that a pass gives a parameter, by its calls; `None` if rules do not tell.
+
+    Args:
+        sample: whose pass it is.
+        name: of the parameter. A vocabulary's first axis has no basis, another embedding's may have one, in which
+            looked-up rows cannot be turned.
+        done: the pass.
+    """
+    calls = sample.gradients.calls(name, done)
+    if not calls or any(rule not in FACTORED for rule, _ in calls):
+        return None
+    if name not in sample.gradients.vocabulary and any(rule is embedding_weight for rule, _ in calls):
+        return None
+    rows = slice(0, done.num_rows)
+    parts = [Part(rows, rule, call) for rule, call in calls]
+    return Columns(done.num_rows, sample.gradients.parameters[name], sample.scale, PIECE_BYTES, parts=parts)
+
+
+def squares_in_bases(columns: Columns, left: torch.Tensor | None, right: torch.Tensor | None) -> torch.Tensor:
+    """`sum over samples of (L^T G R)^2`, entry by entry: `[m, k]`.
+
+    Args:
+        columns: factored ones only.
+        left: `L`, or `None` for the identity.
+        right: `R`, or `None`.
+    """
+    parts = [_rotated(part, left, right) for part in columns.parts]
+    rotated = Columns(columns.size, columns.like, columns.scale, columns.piece_bytes, parts=parts)
+    if (pair := outer_products(rotated)) is not None:
+        return pair[0].square_().T @ pair[1].square_()
+    squares = torch.empty_like(columns.like)
     for first, own in rotated.slices():
-        eigenvalues[first] = own.square_().sum(dim=0)
-    return Block(left, right, eigenvalues, preconditioner)
+        squares[first] = own.square_().sum(dim=0)
+    return squares
+
+
+def outer_products(columns: Columns) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """`U [samples, m]` and `V [samples, k]` of gradients `u v^T`, scale and all; `None` if they are sums of more.
+
+    So they are of a linear layer that sees one vector a row, as in networks on tables and of small images.
+    """
+    covered = np.zeros(columns.size, dtype=int)
+    for part in columns.parts:
+        covered[part.samples] += 1
+    if columns.dense is not None or not columns.parts or covered.max() > 1:
+        return None
+    if any(part.rule is embedding_weight or _tokens(part) != 1 for part in columns.parts):
+        return None
+    pair = tuple(columns.like.new_zeros((columns.size, side)) for side in columns.shape)
+    for part in columns.parts:
+        for held, own in zip(pair, factors(part.rule, part.call, _rows(part)), strict=True):
+            held[part.samples] = own[:, 0]
+    return pair[0].mul_(columns.scale), pair[1]
 
 
 def _rows(part: Part) -> int:
     return part.samples.stop - part.samples.start
+
+
+def _tokens(part: Part) -> int:
+    return by_row(part.call.grad, _rows(part)).shape[1]
 
 
 def _with(part: Part, inputs: torch.Tensor, grads: torch.Tensor) -> Part:

@@ -33,17 +33,18 @@ samples whitened by the rank-one factorisation of `P` (`factored.py`), at a frac
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import TypeVar
 
 import torch
 
-from ..gradients.contraction import add_combined
+from ..gradients.contraction import add_combined, add_factor_dots, add_factor_sums
 from ..gradients.rows import as_rows
 from ..gradients.rules import Call, Rule
 from .block import Block, fit_block_in_parts, fit_whitened
 from .columns import Columns, column_bytes
 from .eigen import eigh
-from .factored import fit_factored, is_cheaper
+from .factored import fit_factored, is_cheaper, outer_products
 from .flow import Flow, decayed, forced, forced_integral, integral
 from .preconditioner import Preconditioner
 from .sample import FisherSample, combine
@@ -198,13 +199,21 @@ class JointCurvature:
     def _accumulate(name, samples: "Whitened", both: list[torch.Tensor], flow: Flow, grams, projections) -> None:
         """Add one parameter's share of `K` (its lower half) and `b`; float64, for thousands of terms of one sign."""
         rate, preconditioner = common_rate(flow, name), flow.preconditioner[name]
+        if rate not in grams:
+            size, like = samples.columns.size, dict(dtype=torch.float64, device=both[0].device)
+            grams[rate] = torch.zeros((size, size), **like)
+            projections[rate] = torch.zeros((size, sum(map(len, both))), **like)
+        if (outer := samples.outer_products()) is not None:
+            dots = both[0].new_zeros((sum(map(len, both)), samples.columns.size))
+            for vectors, own in zip(both, dots.split([len(each) for each in both]), strict=True):
+                add_factor_dots(*(factor[:, None] for factor in outer), vectors, own)
+            projections[rate] += preconditioner.root(dots).T
+            add_gram(outer, grams[rate])
+            return
         for part, own in samples.slices():
             vectors = torch.cat([each[:, part] if each.dim() > 1 else each for each in both]).to(own)
-            projection = (as_rows(own) @ as_rows(preconditioner.root_of(vectors, part)).T).double()
-            if rate not in grams:
-                grams[rate] = projection.new_zeros((len(own), len(own)))
-            add_gram(as_rows(own), grams[rate])
-            projections[rate] = projections[rate].add_(projection) if rate in projections else projection
+            projections[rate] += as_rows(own) @ as_rows(preconditioner.root_of(vectors, part)).T
+            add_gram([as_rows(own)], grams[rate])
 
     def _finish(
         self,
@@ -279,6 +288,11 @@ class Whitened:
         parts = lambda: (part for _, part in self.columns.samples())  # noqa: E731
         return fit_block_in_parts(parts, shape, self.preconditioner, diagonal_left)
 
+    def outer_products(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """`U` and `V` of columns `u v^T`, whose products with each other are those of the factors; else `None`."""
+        pair = outer_products(self.columns) if self.preconditioner.is_constant else None
+        return None if pair is None else (self.preconditioner.root(pair[0]), pair[1])
+
     def slices(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Parts of the parameter's first axis, and their columns `[samples, part, ...]`."""
         if self.held is not None:
@@ -292,11 +306,16 @@ GRAM_BLOCK = 256
 """Samples whose products with each other are taken at once: fewer are no faster, more do what symmetry saves."""
 
 
-def add_gram(rows: torch.Tensor, total: torch.Tensor) -> None:
-    """Add `R R^T` to `total`, in blocks: those of its lower half only, for it is symmetric."""
-    for start in range(0, len(rows), GRAM_BLOCK):
-        own = slice(start, min(start + GRAM_BLOCK, len(rows)))
-        total[own, : own.stop] += rows[own] @ rows[: own.stop].T
+def add_gram(factors: Sequence[torch.Tensor], total: torch.Tensor) -> None:
+    """Add `R R^T` to `total`, in blocks: those of its lower half only, for it is symmetric.
+
+    Args:
+        factors: `[rows, size]`; several stand for the rows' outer products, whose products multiply.
+        total: `[rows, rows]`.
+    """
+    for start in range(0, len(total), GRAM_BLOCK):
+        own = slice(start, min(start + GRAM_BLOCK, len(total)))
+        total[own, : own.stop] += prod(rows[own] @ rows[: own.stop].T for rows in factors)
 
 
 def _mean_over_time(rate: torch.Tensor, length: float) -> torch.Tensor:
@@ -310,6 +329,10 @@ def _vectors_at_once(vectors: torch.Tensor, max_bytes: int) -> int:
 
 def _add_columns(columns: Columns, targets: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Add `S^T C` of one parameter to vectors, for pairs of `C [samples, vectors]` and the vectors."""
+    if (outer := outer_products(columns)) is not None:
+        for coefficients, vectors in targets:
+            add_factor_sums(*(factor[:, None] for factor in outer), coefficients.T.to(vectors), vectors)
+        return
     for part, own in columns.slices():
         for coefficients, vectors in targets:
             target = vectors[:, part] if vectors.dim() > 1 else vectors

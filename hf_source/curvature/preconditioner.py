@@ -41,6 +41,9 @@ class Preconditioner(ABC):
     is_elementwise = False
     """Whether `P` acts on each entry alone, so that parts of the first axis may be taken apart."""
 
+    is_constant = False
+    """Whether `P` is one number, so that what is said of gradients' factors holds for the whitened ones."""
+
     def root_of(self, vectors: torch.Tensor, part: slice) -> torch.Tensor:
         """`P^{1/2} v` of a part of the parameter's first axis; of all of it if `P` is not elementwise."""
         return self.root(vectors)
@@ -73,6 +76,11 @@ class Diagonal(Preconditioner):
 
     def __init__(self, values: torch.Tensor) -> None:
         self.values = values
+
+    @property
+    def is_constant(self) -> bool:
+        """See `Preconditioner`."""
+        return self.values.dim() == 0
 
     def root_of(self, vectors, part):
         """See `Preconditioner`."""

@@ -15,9 +15,9 @@
 
 The gradient of a Linear weight for one row is `dy^T x`, a sum over the row's tokens. `pieces` gives it for all rows,
 some of the parameter's first axis at a time, so that memory stays small however large the parameter. For dot products
-with `Q` vectors there is a second way, contracting the vectors with the inputs first: `Q T o i` multiplications a row
-instead of `(T + Q) o i`, so it wins for one vector or one token. An embedding's vectors are looked up, never spread
-over the vocabulary.
+with `Q` vectors, and for `Q` weighted sums over rows, there is a second way that makes no gradients, by the factors
+themselves: `Q T o i` multiplications a row instead of `(T + Q) o i`, so it wins for one vector or one token. An
+embedding's vectors are looked up, never spread over the vocabulary.
 """
 
 from collections.abc import Iterator
@@ -140,15 +140,31 @@ def add_dots(rule: Rule, call: Call, rows: int, vectors: torch.Tensor, total: to
         if vectors.dtype.itemsize < call.grad.element_size():
             call = call.with_tensors(call.input.to(vectors.dtype), call.grad.to(vectors.dtype))
         left, right = factors(rule, call, rows)
-        tokens, count = left.shape[1], len(vectors)
-        if count * tokens <= count + tokens:
-            for number, vector in enumerate(vectors):
-                total[number] += ((left @ vector.to(left)) * right).sum(dim=(1, 2))
+        if _contracts(left.shape[1], len(vectors)):
+            add_factor_dots(left, right, vectors, total)
             return
     for part, grads in pieces(rule, call, rows):
         flat = grads.reshape(rows, -1)
         own = vectors[:, part] if vectors.dim() > 1 else vectors
         total += own.reshape(len(vectors), -1).to(flat) @ flat.T
+
+
+def _contracts(tokens: int, vectors: int) -> bool:
+    """Whether vectors are better multiplied by the factors than by gradients that are made of them."""
+    return vectors * tokens <= vectors + tokens
+
+
+def add_factor_dots(left: torch.Tensor, right: torch.Tensor, vectors: torch.Tensor, total: torch.Tensor) -> None:
+    """Add `<u v^T, Q>` to `total [vectors, rows]` for factors `[rows, tokens, m]` and `[rows, tokens, k]`."""
+    for number, vector in enumerate(vectors):
+        total[number] += ((left @ vector.to(left)) * right).sum(dim=(1, 2))
+
+
+def add_factor_sums(left: torch.Tensor, right: torch.Tensor, weights: torch.Tensor, total: torch.Tensor) -> None:
+    """Add `sum over rows of w u v^T` to `total [vectors, m, k]` for `weights [vectors, rows]`."""
+    flat = right.flatten(0, 1)
+    for own, weight in zip(total, weights, strict=True):
+        own += (left * weight[:, None, None]).flatten(0, 1).T @ flat
 
 
 def _add_looked_up(call: Call, rows: int, vectors: torch.Tensor, total: torch.Tensor) -> None:
@@ -170,6 +186,11 @@ def add_combined(rule: Rule, call: Call, rows: int, coefficients: torch.Tensor, 
         total: `[vectors, *parameter.shape]`, added to.
     """
     weights = coefficients.T.to(call.grad)
+    if rule in FACTORED and rule is not embedding_weight:
+        left, right = factors(rule, call, rows)
+        if _contracts(left.shape[1], len(weights)):
+            add_factor_sums(left, right, weights, total)
+            return
     for part, grads in pieces(rule, call, rows):
         own = total[:, part] if total.dim() > 1 else total
         own += (weights @ grads.reshape(rows, -1)).view(own.shape)

@@ -61,7 +61,7 @@ def test_layers_that_are_not_trained_hold_less():
 def test_operations_of_the_gram_matrix_are_those_that_are_done():
     rows = torch.zeros(2 * GRAM_BLOCK, 24)
     with FlopCounterMode(display=False) as counted:
-        add_gram(rows, torch.zeros(len(rows), len(rows)))
+        add_gram([rows], torch.zeros(len(rows), len(rows)))
     more, none = (JointCost(len(rows), 4, vectors, tail=False).of((4, 6), False) for vectors in (1, 0))
     moved = 40 * 8 * len(rows) * 24
     assert none - moved == counted.get_total_flops() < 2 * len(rows) ** 2 * 24

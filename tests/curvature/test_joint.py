@@ -197,7 +197,7 @@ def test_the_lower_half_of_a_gram_matrix_is_added_in_blocks(size):
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn((size, 7), generator=generator, dtype=torch.float64)
     total = torch.ones((size, size), dtype=torch.float64)
-    add_gram(rows, total)
+    add_gram([rows], total)
     torch.testing.assert_close(total.tril(), (rows @ rows.T + 1).tril())
 
 
