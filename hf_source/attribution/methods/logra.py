@@ -92,6 +92,7 @@ def logra(attributor: "SourceAttributor", queries: Queries) -> Scores:
         UnsupportedError: if a stage trained no such weight.
     """
     options: LograOptions = attributor.options
+    work = attributor.work(queries)
     for stage, rows, gradients in stages_at_end(attributor):
         projector = options.projector(attributor, stage, gradients)
         gradients = gradients.only(projector.sides)
@@ -99,7 +100,7 @@ def logra(attributor: "SourceAttributor", queries: Queries) -> Scores:
             projector = SidedProjection(
                 gradients, _leading(attributor, rows, gradients, projector.sides, options.rank)
             )
-        features = row_features(attributor, rows, gradients, projector)
+        features = row_features(attributor, rows, gradients, projector, work)
         asked = query_features(attributor, queries, gradients, projector)
         own = torch.zeros(len(features), dtype=features.dtype, device=features.device)
         scores = torch.zeros(len(asked), len(features), dtype=features.dtype, device=features.device)

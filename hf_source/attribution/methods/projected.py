@@ -23,6 +23,7 @@ import torch
 from ...gradients import RowGradients
 from ...gradients.projection import Projector, random_side
 from ...recording import StageRecord
+from ...source import Work
 from ..asking import query_batches
 from ..queries import Queries
 
@@ -48,20 +49,35 @@ class ProjectedOptions(ABC):
 
 
 def row_features(
-    attributor: "SourceAttributor", rows: "StageRows", gradients: RowGradients, projector: Projector, title: str = ""
+    attributor: "SourceAttributor",
+    rows: "StageRows",
+    gradients: RowGradients,
+    projector: Projector,
+    work: Work,
+    place: int | None = None,
 ) -> torch.Tensor:
     """Features of the rows that trained, `[trained rows, size]`, in the order of `rows.trained_rows`.
 
     Every process projects its share of the rows, and gets them all. A row in several pieces has the sum of theirs.
+
+    Args:
+        attributor, rows, gradients, projector: what is projected, and how.
+        work: keeps what is done.
+        place: number of the segment whose weights the model has, if it is not the end.
     """
-    place = np.zeros(rows.stage.num_rows, dtype=np.int64)
-    place[rows.trained_rows] = np.arange(len(rows.trained_rows))
+
+    def project(pieces: np.ndarray) -> np.ndarray:
+        done = gradients.run(rows.collated(pieces, attributor.device))
+        return projector.project(gradients, done).to(result).cpu().numpy().T
+
+    position = np.zeros(rows.stage.num_rows, dtype=np.int64)
+    position[rows.trained_rows] = np.arange(len(rows.trained_rows))
     result = torch.zeros(len(rows.trained_rows), projector.size, dtype=_kept(attributor), device=attributor.device)
     batches = attributor.share(rows.batches(rows.trained))
-    for pieces in attributor.progress(batches, title or f"projecting rows of {rows.stage.name}"):
-        done = gradients.run(rows.collated(pieces, attributor.device))
-        index = torch.as_tensor(place[rows.row[pieces]], device=attributor.device)
-        result.index_add_(0, index, projector.project(gradients, done).to(result))
+    key, title = f"{rows.stage.index}-{'end' if place is None else place}", f"projecting rows of {rows.stage.name}"
+    for pieces, found in work.scored(key, batches, project, attributor.progress, title):
+        index = torch.as_tensor(position[rows.row[pieces]], device=attributor.device)
+        result.index_add_(0, index, torch.from_numpy(found.T).to(result))
     return attributor.total(result)
 
 

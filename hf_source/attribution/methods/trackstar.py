@@ -90,9 +90,10 @@ def trackstar(attributor: "SourceAttributor", queries: Queries) -> Scores:
     with a projection from one side.
     """
     options: TrackStarOptions = attributor.options
+    work = attributor.work(queries)
     for stage, rows, gradients in stages_at_end(attributor):
         projector = options.projector(attributor, stage, gradients)
-        features = row_features(attributor, rows, gradients, projector)
+        features = row_features(attributor, rows, gradients, projector, work)
         asked = query_features(attributor, queries, gradients, projector)
         for part in projector.parts.values():
             mixed = torch.cat(

@@ -97,6 +97,7 @@ def trak(attributor: "SourceAttributor", queries: Queries) -> Scores:
     measure = LogOdds if options.output == "log-odds" else lambda task: task
     for stage in attributor.record.stages:
         measure(attributor.rows(stage).task)  # refuses before the work
+    work = attributor.work(queries)
     for stage, rows, gradients in _stages(attributor):
         kernel = complements = 0.0
         checkpoints = range(len(stage.segments)) if options.checkpoints == "segments" else [None]
@@ -105,7 +106,7 @@ def trak(attributor: "SourceAttributor", queries: Queries) -> Scores:
                 stage.load_weights(gradients.model, segment)
             projector = options.projector(attributor, stage, gradients, attributor.seed + 7919 * (segment or 0))
             measured = gradients.with_task(measure(rows.task))
-            features = row_features(attributor, rows, measured, projector)
+            features = row_features(attributor, rows, measured, projector, work, segment)
             asked = query_features(attributor, queries, gradients, projector, measure)
             spectrum = GramSpectrum(features)
             solved = spectrum.apply(asked, pseudo_inverse(options.damping * spectrum.mean))
