@@ -25,7 +25,7 @@ from ..curvature import JointCurvature, column_bytes
 from ..curvature.joint import PIECE_BYTES
 from ..gradients import RowGradients
 from ..recording import StageRecord
-from ..source import wanted_parameters
+from ..source import DIRECTIONS_BYTES, wanted_parameters
 from .calibration import Calibration, calibrate
 from .cost import JointCost
 from .methods.base import vectors_each
@@ -320,8 +320,9 @@ def _memory(
         steps = max(stage.num_steps for stage in attributor.record.stages)
         memory["query vectors"] *= 2  # moments of the adjoint beside it, and the products
         memory["states of the run"] = 3 * 2 * math.isqrt(steps) * total  # weights and two moments
-        if attributor.method == "unrolled":  # a batch's activations and their derivatives, of every query
-            memory["second derivatives"] = 3 * num_queries * _visited_bytes(attributor, speed.token_bytes)
+        if attributor.method == "unrolled":  # a batch's activations and their derivatives, of some queries at once
+            each = 3 * _visited_bytes(attributor, speed.token_bytes)
+            memory["second derivatives"] = each + min(num_queries * each, max(each, 3 * DIRECTIONS_BYTES))
         return memory
     if _iterates(attributor):
         memory["query vectors"] *= 2  # residual, direction and their products

@@ -13,7 +13,7 @@
 # limitations under the License.
 """The Source walk through segments and stages."""
 
-from .products import ExactProducts, Products, SampledProducts
+from .products import DIRECTIONS_BYTES, ExactProducts, Products, SampledProducts
 from .replay_cost import ReplayCost, replay_cost
 from .self_influence import self_influence
 from .stages import WalkSettings, wanted_parameters
@@ -23,6 +23,7 @@ from .work import Work
 
 
 __all__ = [
+    "DIRECTIONS_BYTES",
     "ExactProducts",
     "Products",
     "ReplayCost",

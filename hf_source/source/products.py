@@ -14,7 +14,7 @@
 """Products of query vectors with the curvature of one training batch: exact, or by sampled labels for all at once."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +22,16 @@ import torch
 from ..curvature.eigen import eigh
 from ..gradients import RowGradients, curvature_task, task_labels
 from ..gradients.rows import as_rows
+from ..logs import get_logger
+from .twice import cheap_twice
 
+
+logger = get_logger(__name__)
 
 Vectors = dict[str, torch.Tensor]
+
+DIRECTIONS_BYTES = 2**27
+"""Derivatives along this many directions are made at once: fast, and held beside the vectors themselves."""
 
 
 class Products(ABC):
@@ -68,20 +75,73 @@ class ExactProducts(Products):
 
     def __call__(self, gradients, batch, forces, normalizer, step_sizes=None, seed=0) -> Vectors:
         """See `Products`; step sizes and seed are not used."""
-        wanted, task = gradients.parameters, gradients.task
-        with gradients._requiring_grad(list(wanted.values())), torch.enable_grad():
-            loss = task.row_losses(task.forward(gradients.model, batch), task_labels(task, batch)).sum() / normalizer
-            found = torch.autograd.grad(loss, list(wanted.values()), create_graph=True, allow_unused=True)
-            grads = {name: part for name, part in zip(wanted, found, strict=True) if part is not None}
-            names = [name for name in forces if name in grads and grads[name].requires_grad]
-            found = torch.autograd.grad(
-                [grads[name] for name in names],
-                list(wanted.values()),
-                [forces[name] for name in names],
-                is_grads_batched=True,
-                allow_unused=True,
-            )
-        return {name: part for name, part in zip(wanted, found, strict=True) if part is not None}
+        objective, total = Objective(gradients, batch, normalizer), {}
+        for queries, found, _ in objective.along(forces):
+            for name, part in found.items():
+                shape = (len(next(iter(forces.values()))), *part.shape[1:])
+                total.setdefault(name, part.new_empty(shape))[queries] = part
+        return total
+
+
+class Objective:
+    """The loss of a batch, its gradient, and how both change along vectors.
+
+    Args:
+        gradients: engine at the step's weights; its parameters are those wanted.
+        batch: model inputs and labels.
+        normalizer: what the batch's summed loss is divided by.
+
+    Attributes:
+        gradient: by name, without graph; parameters that have no part in the loss are missing.
+    """
+
+    def __init__(self, gradients: RowGradients, batch: Mapping[str, torch.Tensor], normalizer: float) -> None:
+        self._gradients, task = gradients, gradients.task
+        self._wanted = dict(gradients.parameters)
+        parameters = list(self._wanted.values())
+        with gradients._requiring_grad(parameters), torch.enable_grad():
+            with cheap_twice(gradients.model) as made:
+                losses = task.row_losses(task.forward(gradients.model, batch), task_labels(task, batch))
+                # A weight for each row, whose derivative tells how the row's own loss changes.
+                self._weights = torch.full_like(losses, 1 / normalizer).requires_grad_()
+                loss = (losses * self._weights).sum()
+            found = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+        self._graph = {name: part for name, part in zip(self._wanted, found, strict=True) if part is not None}
+        self.gradient = {name: part.detach() for name, part in self._graph.items()}
+        self._direction_bytes = made.num_bytes
+
+    def along(self, forces: Vectors) -> Iterator[tuple[slice, Vectors, torch.Tensor]]:
+        """How the gradient and the rows' losses change along the forces of some queries after those of others.
+
+        Yields:
+            Which queries, `H h` of those by name (parameters without a part in it are missing), and `<h, gradient of
+            the row's loss>`, `[queries, rows]`.
+        """
+        names = [name for name in forces if name in self._graph and self._graph[name].requires_grad]
+        count = len(next(iter(forces.values())))
+        size = max(1, int(DIRECTIONS_BYTES // max(1, self._direction_bytes)))
+        parts = -(-count // size)
+        for part in range(parts):
+            queries = slice(count * part // parts, count * (part + 1) // parts)
+            *found, dots = self._derivatives(names, [forces[name][queries] for name in names])
+            products = {name: each for name, each in zip(self._wanted, found, strict=True) if each is not None}
+            yield queries, products, dots
+
+    def _derivatives(self, names: list[str], directions: list[torch.Tensor]) -> list[torch.Tensor | None]:
+        """Of the gradient's products with the directions, with respect to parameters and rows' weights."""
+        inputs, outputs = [*self._wanted.values(), self._weights], [self._graph[name] for name in names]
+
+        def derivatives(*of_one: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+            return torch.autograd.grad(outputs, inputs, of_one, retain_graph=True, allow_unused=True)
+
+        with self._gradients._requiring_grad(self._wanted.values()):
+            try:
+                found = torch.vmap(_without_none(derivatives))(*directions)
+            except RuntimeError as error:  # an operation that cannot be done for many directions at once
+                logger.debug("one direction at a time: %s", error)
+                each = [_without_none(derivatives)(*one) for one in zip(*directions, strict=True)]
+                found = {number: torch.stack([one[number] for one in each]) for number in each[0]}
+        return [found.get(number) for number in range(len(inputs))]
 
 
 @dataclass
@@ -149,6 +209,11 @@ class SampledProducts(Products):
             flat = dots.T.to(columns) @ columns * scale
             found[name] = flat.view(-1, *gradients.parameters[name].shape)
         return found
+
+
+def _without_none(function: Callable) -> Callable[..., dict[int, torch.Tensor]]:
+    """The results that are there, by number: `torch.vmap` knows no `None`."""
+    return lambda *args: {number: part for number, part in enumerate(function(*args)) if part is not None}
 
 
 def _columns(gradients: RowGradients, done, names):

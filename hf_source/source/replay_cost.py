@@ -25,11 +25,12 @@ from ..budget import clock
 from ..recording import StageRecord
 from .products import ExactProducts, Products, SampledProducts
 from .stages import Vectors, WalkSettings, open_stage
-from .unrolled import RecordedRun, Snapshot, unfused
+from .unrolled import RecordedRun, unfused
+from .updates import Snapshot
 
 
-_DRAWS, _QUERIES = 2, 4
-"""Draws and queries that products are timed with."""
+_DRAWS, _QUERIES = 2, 6
+"""Draws and queries that steps are timed with."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,15 @@ class ReplayCost:
         forward: repeating it, which is done twice.
         backward: going back through it, without products with its curvature.
         draw: of `SampledProducts`, for all queries.
-        query: of `ExactProducts`, for one; infinite if the model has no second derivative.
+        first: going back through it with exact products, for one query; infinite without second derivatives.
+        query: the same for each other query.
         tokens: of its rows, or what else the lengths of rows count.
     """
 
     forward: float
     backward: float
     draw: float
+    first: float
     query: float
     tokens: int
 
@@ -56,7 +59,7 @@ class ReplayCost:
 
     def exact(self, queries: int) -> float:
         """Seconds a token of `unrolled`."""
-        return (2 * self.forward + self.backward + queries * self.query) / self.tokens
+        return (2 * self.forward + self.first + (queries - 1) * self.query) / self.tokens
 
 
 def replay_cost(
@@ -88,22 +91,29 @@ def replay_cost(
     state = run.next(step, before)
     scores = np.zeros((num_queries, stage.num_rows))
     forces = {name: vectors[name] for name in run.trained}
-    few = {name: vector[:_QUERIES] for name, vector in forces.items()}
     ones = {name: torch.ones((), dtype=p.dtype, device=p.device) for name, p in run.trained.items()}
 
-    def products(made: Products, vectors: Vectors) -> None:
+    def sampled() -> None:
         for _, batch, normalizer in run.micro_batches(step):
-            made(gradients, batch, vectors, normalizer, ones)
+            SampledProducts(_DRAWS, probes=settings.probes)(gradients, batch, forces, normalizer, ones)
 
+    def back(products: Products, queries: int) -> None:
+        run.products = products
+        asked = {name: vector[:queries].clone() for name, vector in vectors.items()}
+        run.step_back(step, state, asked, {}, scores[:queries])
+
+    several = min(_QUERIES, num_queries)
     try:
-        query = _shortest(lambda: products(ExactProducts(), few), device) / min(_QUERIES, num_queries)
+        first = _shortest(lambda: back(ExactProducts(), 1), device)
+        more = _shortest(lambda: back(ExactProducts(), several), device) if several > 1 else first
     except RuntimeError:  # an operation whose derivative cannot be differentiated, or too little memory
-        query = float("inf")
+        first = more = float("inf")
     return ReplayCost(
         _shortest(lambda: run.next(step, before), device),
-        _shortest(lambda: run.step_back(step, state, vectors, None, scores), device),
-        _shortest(lambda: products(SampledProducts(_DRAWS, probes=settings.probes), forces), device) / _DRAWS,
-        query,
+        _shortest(lambda: back(_NoProducts(), num_queries), device),
+        _shortest(sampled, device) / _DRAWS,
+        first,
+        max(0.0, more - first) / max(several - 1, 1) if first < float("inf") else float("inf"),
         sizes[step],
     )
 

@@ -17,19 +17,18 @@ The run is the function `(theta, state)_{k+1} = step_k((theta, state)_k, g_k)`, 
 of the recorded batches (Maclaurin et al. 2015, arXiv 1502.03492; Bae et al. 2024, arXiv 2405.12186, equation 5). Going
 backwards with the adjoints `a = d f_q / d theta_k` and `b = d f_q / d state_k`:
 
-    h = d f_q / d g_k            through clipping, moments and bias correction: autograd through torch's own optimizer
+    h = d f_q / d g_k            through clipping, moments and bias correction (`updates.py`)
     score(q, m) -= <h, grad l_m(theta_k)> / N_k
     a <- (d step / d theta)^T (a, b) + H_k h,     b <- (d step / d state)^T (a, b)
 
 with `H_k` the Hessian of the step's objective. Nothing is averaged or approximated, so this is what any other method
 is measured against; what remains is only that a row's removal is not infinitesimal. States are kept at every
-`sqrt(steps)`-th step and replayed in between. Cost per step: three gradients of the batch, the rows' dot products, and
-a Hessian-vector product per query.
+`sqrt(steps)`-th step and replayed in between. Cost per step: three gradients of the batch and a Hessian-vector product
+per query, which tells the rows' dot products too: `H h` and `<h, grad l_m>` are both derivatives of one gradient.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,26 +41,19 @@ from ..recording import StageRecord
 from ..recording.optimizers import OptimizerDescription, build_optimizer
 from ..recording.reading.assumed import require_recorded_visits
 from ..recording.warm import load_optimizer_state
-from .products import ExactProducts, Products
+from .products import ExactProducts, Objective, Products
 from .stages import Vectors, WalkSettings, open_stage
+from .updates import Snapshot, State, Update
 from .walk import enter_epochs, score_rows
 
-
-State = dict[str, dict[str, torch.Tensor]]
-"""State of the optimizer: parameter name -> key -> tensor."""
 
 # Rounding of a replay in float32 is far below this (2e-5 where it was measured); noise of any kind is above.
 _MOST_MISSED = 0.05
 
+_BATCH_TOKENS = 64
+"""What a batch costs beside its tokens, in tokens."""
+
 DIFFERENTIABLE = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad")
-
-
-@dataclass
-class Snapshot:
-    """Everything the next step depends on."""
-
-    weights: dict[str, torch.Tensor]
-    state: State = field(default_factory=dict)
 
 
 def unroll(
@@ -155,6 +147,23 @@ def refuse_other_runs(
         RecordedRun(stage, rows[stage.name], gradients, settings, None).replay()
 
 
+def by_length(pieces: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    """Cut pieces into batches of similar lengths where that saves more padding than a batch costs."""
+    order = np.argsort(lengths, kind="stable")
+    sorted_lengths = lengths[order]
+    ends = [*(np.flatnonzero(np.diff(sorted_lengths)) + 1).tolist(), len(order)]
+    best = {0: (0, 0)}  # number of the shortest pieces -> cost of batches of them, and where the last one starts
+    for end in ends:
+        longest = int(sorted_lengths[end - 1])
+        best[end] = min((cost + (end - start) * longest + _BATCH_TOKENS, start) for start, (cost, _) in best.items())
+    found, end = [], len(order)
+    while end:
+        start = best[end][1]
+        found.append(pieces[order[start:end]])
+        end = start
+    return found[::-1]
+
+
 class RecordedRun:
     """One stage, to be repeated forwards and differentiated backwards.
 
@@ -172,7 +181,7 @@ class RecordedRun:
         self.stage, self.rows, self.gradients, self.settings = stage, rows, gradients, settings
         self.products = products
         self.steps = stage.steps()
-        self.description = OptimizerDescription.from_dict(stage.optimizer)
+        self.update = Update(OptimizerDescription.from_dict(stage.optimizer))
         self.trained = {name: gradients.parameters[name] for name in stage.trainable}
         self.max_norm = float(stage.training["max_grad_norm"])
         self.stride = max(1, math.isqrt(len(self.steps)))
@@ -180,7 +189,8 @@ class RecordedRun:
     def backward(self, vectors: Vectors) -> tuple[np.ndarray, Vectors]:
         """Scores of the stage's rows, `[queries, rows]`, and the query vectors at its initial weights."""
         scores = np.zeros((len(next(iter(vectors.values()))), self.stage.num_rows))
-        adjoint, moments = dict(vectors), None
+        # Copies, as they are changed in place.
+        adjoint, moments = {name: vector.clone() for name, vector in vectors.items()}, {}
         checkpoints = self.replay()
         title = f"unrolling {self.stage.name}"
         last = len(self.steps) - 1
@@ -190,7 +200,7 @@ class RecordedRun:
                 start = step // self.stride * self.stride
                 trajectory = self._replay(checkpoints.pop(start), start, step)
             if not self.steps.skipped[step]:
-                adjoint, moments = self.step_back(step, trajectory.pop(step), adjoint, moments, scores)
+                self.step_back(step, trajectory.pop(step), adjoint, moments, scores)
         return scores.astype(np.float32), adjoint
 
     # ---- forwards ----
@@ -230,7 +240,7 @@ class RecordedRun:
 
     def first_state(self) -> State:
         """What the optimizer brought from earlier training."""
-        optimizer = build_optimizer(self.description, self.trained)
+        optimizer = build_optimizer(self.update.description, self.trained)
         load_optimizer_state(self.stage, optimizer, self.trained)
         return {name: dict(optimizer.state[p]) for name, p in self.trained.items() if optimizer.state[p]}
 
@@ -251,19 +261,27 @@ class RecordedRun:
             gradient = self._gradient(step, snapshot)
             factor = self._clip(step, gradient)[0]
             clipped = {name: part * factor for name, part in gradient.items()}
-            return self._update(snapshot, clipped, self.steps.learning_rate[step])
+            return self.update.forward(snapshot, clipped, self.steps.learning_rate[step])
 
     def _load(self, snapshot: Snapshot) -> None:
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(snapshot.weights[name])
 
-    def micro_batches(self, step: int) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor], float]]:
-        """Numbers of the rows, the batch and the normalizer of each micro-batch of a step."""
+    def micro_batches(
+        self, step: int, padded: bool = True
+    ) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor], float]]:
+        """Pieces, batch and normalizer of each micro-batch of a step.
+
+        Args:
+            step: number of the step.
+            padded: otherwise pieces of similar lengths make batches of their own, which are cheaper.
+        """
         enter_epochs(self.gradients, self.stage, range(step, step + 1))
         for batch in self.steps.micro_batches[step]:
             pieces = self.rows.pieces_of(batch.rows)
-            yield self.rows.row[pieces], self.rows.collated(pieces, self.settings.device), batch.normalizer
+            for part in [pieces] if padded else by_length(pieces, self.rows.lengths[pieces]):
+                yield part, self.rows.collated(part, self.settings.device), batch.normalizer
 
     def _gradient(self, step: int, snapshot: Snapshot) -> dict[str, torch.Tensor]:
         """The step's gradient before clipping; parameters that it leaves alone are missing."""
@@ -286,29 +304,6 @@ class RecordedRun:
             grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
         return {name: grad for name, grad in zip(wanted, grads, strict=True) if grad is not None}
 
-    def _update(self, snapshot: Snapshot, gradient: Mapping[str, torch.Tensor], rates: Sequence[float]) -> Snapshot:
-        """One step of torch's own optimizer on clipped gradients; differentiable where its inputs are."""
-        leaves = {name: nn.Parameter(weight) for name, weight in snapshot.weights.items()}
-        optimizer = build_optimizer(self.description, leaves)
-        optimizer.defaults["differentiable"] = torch.is_grad_enabled()
-        for group, described, rate in zip(optimizer.param_groups, self.description.groups, rates, strict=True):
-            group |= {"lr": float(rate), "differentiable": torch.is_grad_enabled(), "foreach": False, "fused": False}
-            group["params"] = [snapshot.weights[name].clone() for name in described.parameters]
-            for name, weight in zip(described.parameters, group["params"], strict=True):
-                if name in snapshot.state:
-                    optimizer.state[weight] = {key: value.clone() for key, value in snapshot.state[name].items()}
-        made = {
-            name: weight
-            for group, described in zip(optimizer.param_groups, self.description.groups, strict=True)
-            for name, weight in zip(described.parameters, group["params"], strict=True)
-        }
-        for name, part in gradient.items():
-            made[name].grad = part
-        if torch.is_grad_enabled() and isinstance(optimizer, torch.optim.SGD):
-            _start_buffers(optimizer)
-        optimizer.step()
-        return Snapshot(made, {name: dict(optimizer.state[weight]) for name, weight in made.items()})
-
     def _clip(self, step: int, gradient: Mapping[str, torch.Tensor]) -> tuple[float, float]:
         """Clip factor `c = limit / (norm + 1e-6)` of a gradient, and `dc / dnorm / norm`; 1 and 0 if not clipped."""
         if not gradient or self.steps.clip_factor[step] == 1.0:
@@ -319,104 +314,73 @@ class RecordedRun:
 
     # ---- backwards ----
 
-    def step_back(
-        self, step: int, snapshot: Snapshot, adjoint: Vectors, moments: dict | None, scores: np.ndarray
-    ) -> tuple[Vectors, dict]:
-        """Through one step: adds to the scores, and returns the adjoints of the state before it."""
-        gradient = self._gradient(step, snapshot)
+    def step_back(self, step: int, snapshot: Snapshot, adjoint: Vectors, moments: State, scores: np.ndarray) -> None:
+        """Through one step, for all queries.
+
+        Args:
+            step, snapshot: the step, and the state before it.
+            adjoint, moments: of the weights and the state after it, changed in place to those before it.
+            scores: `[queries, rows]`, added to.
+        """
+        exact = isinstance(self.products, ExactProducts)
+        # Several micro-batches are there for want of memory: then one after the other, once the forces are known.
+        once = exact and len(self.steps.micro_batches[step]) == 1
+        objectives = list(self._objectives(step, snapshot)) if once else []
+        gradient = self._sum(step, objectives) if once else self._gradient(step, snapshot)
         factor, slope = self._clip(step, gradient)
         clipped = {name: part * factor for name, part in gradient.items()}
-        before, moments, forces, step_sizes = self._through_update(step, snapshot, clipped, adjoint, moments)
+        rates = self.steps.learning_rate[step]
+        forces, step_sizes = self.update.backward(snapshot, clipped, rates, adjoint, moments)
         if slope:
             along = sum((force * gradient[name]).flatten(1).sum(dim=1) for name, force in forces.items())
-            forces = {
-                name: factor * force + slope * along.view(-1, *[1] * gradient[name].dim()) * gradient[name]
-                for name, force in forces.items()
-            }
+            for name, force in forces.items():
+                spread = slope * along.view(-1, *[1] * gradient[name].dim())
+                forces[name] = force.mul_(factor).addcmul_(spread, gradient[name])
             step_sizes = {name: factor * size for name, size in step_sizes.items()}
-        adjoint = {name: before.get(name, vector) for name, vector in adjoint.items()}
+        if exact:
+            made = (objectives.pop(0) for _ in range(len(objectives))) if once else self._objectives(step, snapshot)
+            self._exactly(made, forces, adjoint, scores)
+        else:
+            self._load(snapshot)
+            self._by_products(step, forces, step_sizes, adjoint, scores)
+
+    def _objectives(self, step: int, snapshot: Snapshot) -> Iterator[tuple[np.ndarray, float, Objective]]:
+        """Pieces, normalizer and loss of the batches of a step, ready to be differentiated twice."""
         self._load(snapshot)
+        for pieces, batch, normalizer in self.micro_batches(step, padded=False):
+            yield pieces, normalizer, Objective(self.gradients, batch, normalizer)
+
+    def _sum(self, step: int, objectives: list[tuple[np.ndarray, float, Objective]]) -> dict[str, torch.Tensor]:
+        """The step's gradient before clipping."""
+        frozen, total = self.stage.frozen_at(step), {}
+        for _, _, objective in objectives:
+            for name in self.trained:
+                if name in objective.gradient and name not in frozen:
+                    part = objective.gradient[name]
+                    total[name] = total[name] + part if name in total else part
+        return total
+
+    def _exactly(self, objectives: Iterator, forces: Vectors, adjoint: Vectors, scores: np.ndarray) -> None:
+        """Rows' scores and `H h`, both of one derivative along the forces."""
+        mine, count = self.settings.share
+        for position, (pieces, normalizer, objective) in enumerate(objectives):
+            for queries, found, dots in objective.along(forces):
+                for name, part in found.items():
+                    adjoint[name][queries] += part
+                if position % count == mine:
+                    rows = self.rows.row[pieces]
+                    np.subtract.at(scores[queries], (slice(None), rows), dots.double().cpu().numpy() / normalizer)
+
+    def _by_products(self, step, forces, step_sizes, adjoint, scores) -> None:
         flowing = forces
         mine, count = self.settings.share
-        for position, (numbers, batch, normalizer) in enumerate(self.micro_batches(step)):
+        for position, (pieces, batch, normalizer) in enumerate(self.micro_batches(step)):
             if position % count == mine:
                 dots = score_rows(self.gradients, batch, forces).double().numpy()
-                np.subtract.at(scores, (slice(None), numbers), dots / normalizer)
+                np.subtract.at(scores, (slice(None), self.rows.row[pieces]), dots / normalizer)
             seed = self.settings.seed + 7919 * step + 31 * position
             found = self.products(self.gradients, batch, flowing, normalizer, step_sizes, seed)
             for name, part in found.items():
-                adjoint[name] = adjoint[name] + part
+                adjoint[name] += part
             if not self.products.exact:  # a flow through one micro-batch after the other
                 flowing = {n: h - step_sizes[n] * found[n] if n in found else h for n, h in flowing.items()}
-        return adjoint, moments
-
-    def _through_update(self, step, snapshot, gradient, adjoint, moments):
-        """Adjoints of the weights, the state and the clipped gradient of an update, for all queries at once."""
-        weights = {name: value.detach().clone().requires_grad_() for name, value in snapshot.weights.items()}
-        forces = {name: value.detach().clone().requires_grad_() for name, value in gradient.items()}
-        state = {name: {key: _leaf(value) for key, value in own.items()} for name, own in snapshot.state.items()}
-        with torch.enable_grad():
-            # With learning rate 1, as torch's differentiable Adam divides by it: an update is linear in it.
-            after = self._update(Snapshot(weights, state), forces, [1.0] * len(self.description.groups))
-        rates = {
-            name: float(rate)
-            for group, rate in zip(self.description.groups, self.steps.learning_rate[step], strict=True)
-            for name in group.parameters
-        }
-        outputs, cotangents = list(after.weights.values()), [rates[name] * adjoint[name] for name in after.weights]
-        for name, own in (moments or {}).items():
-            for key, vector in own.items():
-                if after.state[name][key].requires_grad:
-                    outputs.append(after.state[name][key])
-                    cotangents.append(vector)
-        slots = [(name, key) for name, own in state.items() for key, value in own.items() if value.requires_grad]
-        inputs = [*weights.values(), *forces.values(), *(state[name][key] for name, key in slots)]
-        found = torch.autograd.grad(outputs, inputs, cotangents, is_grads_batched=True, allow_unused=True)
-        count = len(cotangents[0])
-        found = [
-            value.new_zeros((count, *value.shape)) if part is None else part
-            for value, part in zip(inputs, found, strict=True)
-        ]
-        before = {name: part + (1 - rates[name]) * adjoint[name] for name, part in zip(weights, found, strict=False)}
-        pulled = {
-            name: _zero_where_untouched(part, gradient[name])
-            for name, part in zip(forces, found[len(weights) :], strict=False)
-        }
-        earlier: dict[str, dict[str, torch.Tensor]] = {}
-        for (name, key), part in zip(slots, found[len(weights) + len(forces) :], strict=True):
-            earlier.setdefault(name, {})[key] = _zero_where_untouched(part, gradient.get(name))
-        return before, earlier, pulled, self._step_sizes(after, rates)
-
-    def _step_sizes(self, after: Snapshot, rates: Mapping[str, float]) -> dict[str, torch.Tensor]:
-        """`eta P` of an update by name, 0-dim or of the parameter's shape; moments held fixed."""
-        sizes = {}
-        for group in self.description.groups:
-            for name in group.parameters:
-                state = {key: value.detach() for key, value in after.state[name].items() if value is not None}
-                weight, made = after.weights[name].detach(), group.how.updates_made(state)
-                sizes[name] = rates[name] * group.how.preconditioner(weight, state, group.constants, made)
-        return sizes
-
-
-def _start_buffers(optimizer: torch.optim.SGD) -> None:
-    """Momentum buffers before a parameter's first step.
-
-    torch starts a buffer with the first gradient, detached; `(dampening / momentum) g` leads to the same buffer and
-    keeps the derivative.
-    """
-    for group in optimizer.param_groups:
-        for weight in group["params"]:
-            if group["momentum"] and weight.grad is not None and "momentum_buffer" not in optimizer.state[weight]:
-                share = group["dampening"] / group["momentum"]
-                optimizer.state[weight]["momentum_buffer"] = share * weight.grad
-
-
-def _zero_where_untouched(part: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
-    """The root of a second moment that is still 0 has no derivative; no row of the step touches such an entry."""
-    return part if gradient is None else part.masked_fill_((gradient == 0) & part.isnan(), 0.0)
-
-
-def _leaf(value: torch.Tensor) -> torch.Tensor:
-    """A copy to differentiate with respect to; the step counter stays a number."""
-    value = value.detach().clone()
-    return value.requires_grad_() if value.dim() and value.is_floating_point() else value
