@@ -78,7 +78,7 @@ LINES: dict[str, dict[str, Any]] = {
     **{
         f"smollm2 full, L={segments}": {
             "kind": "full", "segments": segments, "rows": 128, "tokens": TOKENS, "queries": NUM_QUERIES,
-            "samples": 128 // SHARE, "max_tokens_per_batch": 1024, "memory_budget": 5 * 2**30,
+            "samples": 128 // SHARE, "max_tokens_per_batch": 512, "memory_budget": 5 * 2**30,
             "vector_dtype": "bfloat16",
         }
         for segments in (1, 3)

@@ -28,7 +28,7 @@ from ..recording import StageRecord
 from ..source import DIRECTIONS_BYTES, wanted_parameters
 from .calibration import Calibration, calibrate
 from .cost import JointCost
-from .methods.base import vectors_each
+from .methods.base import carries_on_disk, vectors_each
 from .methods.projected import ProjectedOptions
 from .queries import Queries
 
@@ -336,7 +336,8 @@ def _memory(
             held = (attributor.vector_dtype or attributor.dtype).itemsize
             at_once = queries_at_once(attributor.query_budget, sum(sizes), held, num_queries, each)
             segments = sum(len(stage.segments) for stage in attributor.record.stages)
-            memory["query vectors"] = (2 if segments > 1 else 1) * at_once * sum(sizes) * held
+            both = segments > 1 and not carries_on_disk(attributor, at_once)
+            memory["query vectors"] = (2 if both else 1) * at_once * sum(sizes) * held
             memory["one parameter's block"] = max(
                 _block_bytes(attributor, size * element, held, at_once)
                 for size, held in zip(sizes, columns, strict=True)

@@ -30,7 +30,7 @@ block (`block.py`), fitted on the same samples and applied to `q` first, `exp ~ 
 samples whitened by the rank-one factorisation of `P` (`factored.py`), at a fraction of the cost.
 """
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -121,7 +121,14 @@ class JointCurvature:
     memory_budget: int = 2**30
 
     def propagate(
-        self, vectors: Vectors, flow: Flow, sample: FisherSample, *, carry: bool = True, consume: bool = False
+        self,
+        vectors: Vectors,
+        flow: Flow,
+        sample: FisherSample,
+        *,
+        carry: bool = True,
+        consume: bool = False,
+        carried: MutableMapping[str, torch.Tensor] | None = None,
     ) -> tuple[Vectors, Vectors]:
         """Carry query vectors through a segment.
 
@@ -131,6 +138,8 @@ class JointCurvature:
             sample: `S` at the segment's weights.
             carry: whether `q'` is wanted; else it is empty, and costs neither time nor memory.
             consume: take the vectors out of `vectors` and use their memory.
+            carried: where to put `q'`; a new dictionary by default. If it gives copies, they are held one at a time,
+                but where the sample does not fit the memory budget.
 
         Returns:
             `x = F_r^T q` (only on parameters that the segment trains) and `q' = exp(-s (P H + Lambda))^T q`.
@@ -138,7 +147,8 @@ class JointCurvature:
         groups = sample_groups(self.memory_budget, vectors, sample)
         grams: dict[float, torch.Tensor] = {}
         projections: dict[float, torch.Tensor] = {}
-        scoring, carried, kept = {}, {}, {}
+        scoring, kept = {}, {}
+        carried = {} if carried is None else carried
         count = len(next(iter(vectors.values())))
         wanted = [name for name in vectors if carry or flow.trains(name)]
         for names in groups:
@@ -154,8 +164,10 @@ class JointCurvature:
                 scoring[name], after = self._tail(name, q, own, flow, sample, carry)
                 self._accumulate(name, own, [scoring[name], *after], flow, grams, projections)
                 del own
+                flow.preconditioner[name].forget()
                 if after:
                     (carried[name],) = after
+                    del after
                 if len(groups) > 1:
                     del columns[name]
             kept = columns if len(groups) == 1 else {}
@@ -222,7 +234,7 @@ class JointCurvature:
         space: SampleSpace,
         count: int,
         scoring: Vectors,
-        carried: Vectors,
+        carried: MutableMapping[str, torch.Tensor],
         flow: Flow,
         sample: FisherSample,
     ) -> None:
@@ -231,21 +243,27 @@ class JointCurvature:
         of_scoring = {rate: space.scoring(rate)[:, :count] for rate in set(rates.values())}
         # After the scoring vectors come those that are carried on, if they are.
         of_carried = {rate: space.propagated(rate)[:, count:] for rate in set(rates.values())}
-        targets = {}
-        for name in names:
-            rate = torch.tensor(rates[name], dtype=torch.float64)
-            targets[name] = []
+
+        def targets_of(name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+            rate, found = torch.tensor(rates[name], dtype=torch.float64), []
             if name in scoring:
-                scoring[name].mul_(float(integral(rate, flow.length)))
-                targets[name].append((of_scoring[rates[name]], scoring[name]))
+                vectors = scoring[name].mul_(float(integral(rate, flow.length)))
+                found.append((of_scoring[rates[name]], vectors))
             if name in carried:
-                carried[name].mul_(float(decayed(rate, flow.length)))
-                targets[name].append((of_carried[rates[name]], carried[name]))
+                vectors = carried[name].mul_(float(decayed(rate, flow.length)))
+                found.append((of_carried[rates[name]], vectors))
+            return found
+
         if kept:
             for name in names:
-                _add_columns(kept.pop(name), targets[name])
+                own = targets_of(name)
+                _add_columns(kept.pop(name), own)
+                if name in carried:
+                    carried[name] = own[-1][1]
         else:
+            targets = {name: targets_of(name) for name in names}
             _add_by_pass(sample, targets)
+            carried.update({name: targets[name][-1][1] for name in names if name in carried})
         for name, vectors in scoring.items():
             for part in vectors.split(_vectors_at_once(vectors, self._piece_bytes)):
                 part.copy_(flow.preconditioner[name].apply(part))

@@ -48,6 +48,11 @@ class Preconditioner(ABC):
         """`P^{1/2} v` of a part of the parameter's first axis; of all of it if `P` is not elementwise."""
         return self.root(vectors)
 
+    def forget(self) -> None:
+        """Let go of what was worked out of `P` and can be again: roots are as large as it is."""
+        for name in ("_root", "_roots", "_inverse_root", "_sides"):
+            self.__dict__.pop(name, None)
+
     @abstractmethod
     def root(self, vectors: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         """`scale P^{1/2} v`."""

@@ -15,6 +15,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ class WalkSettings:
         work: keeps what is done.
         probes: what sampled gradients are drawn with, `"labels"` or `"signs"`.
         vector_dtype: that the sample's factored columns are held in; `dtype` by default.
+        carry_in: folder where vectors that are carried on wait while a segment's rows are scored; in memory by default.
     """
 
     curvature: Any
@@ -64,6 +66,7 @@ class WalkSettings:
     work: Work = field(default_factory=Work)
     probes: str = "labels"
     vector_dtype: torch.dtype | None = None
+    carry_in: Path | None = None
 
 
 def open_stage(

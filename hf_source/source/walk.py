@@ -40,6 +40,7 @@ from ..gradients.rows import as_rows
 from ..gradients.rules import Call, Rule
 from ..gradients.task import task_labels
 from ..recording import SegmentRecord, StageRecord
+from .on_disk import VectorsOnDisk
 from .resume import Resume, work_key
 from .stages import Vectors, WalkSettings, open_stage
 
@@ -168,19 +169,21 @@ def _vectors_of(
     weights = segment.row_weights()[rows.example]
     seed, scale = settings.seed + 7919 * segment.index, segment.objective_scale()
     sample = draw_sample(rows, weights, gradients, settings, seed, scale, enter if len(enter) > 1 else ())
-    scoring, carried = _propagate(settings.curvature, vectors, flow, sample, carry)
-    if carry:
+    scoring, carried = _propagate(settings, vectors, flow, sample, carry)
+    if carry and work.folder is not None:
         work.save(f"{key}.carried", {canonical[name]: vector for name, vector in carried.items()})
     work.save(f"{key}.scoring", scoring)
     return scoring, carried
 
 
 def _propagate(
-    curvature: Any, vectors: Vectors, flow: Flow, sample: FisherSample, carry: bool
+    settings: WalkSettings, vectors: Vectors, flow: Flow, sample: FisherSample, carry: bool
 ) -> tuple[Vectors, Vectors]:
     """Through the segment; `joint` needs not hold the vectors twice, nor carry on what nobody asks for."""
+    curvature, folder = settings.curvature, settings.carry_in
     if isinstance(curvature, JointCurvature):
-        return curvature.propagate(vectors, flow, sample, carry=carry, consume=True)
+        carried = VectorsOnDisk(folder, settings.device) if carry and folder is not None else None
+        return curvature.propagate(vectors, flow, sample, carry=carry, consume=True, carried=carried)
     return curvature.propagate(vectors, flow, sample)
 
 

@@ -77,19 +77,33 @@ class Method:
 
 
 def vectors_each(attributor: "SourceAttributor") -> int:
-    """Vectors of a query that are held at once: to score with, and, where there are segments before, to carry on."""
+    """Vectors of a query that have to be held at once; of Source only those to score with.
+
+    Those that are carried on to the segment before wait on disk where both do not fit: see `carries_on_disk`.
+    """
     walks = attributor.method in ("source", "fast-source") and isinstance(attributor.curvature, JointCurvature)
-    return 1 if walks and sum(len(stage.segments) for stage in attributor.record.stages) == 1 else 2
+    return 1 if walks else 2
+
+
+def num_vector_bytes(attributor: "SourceAttributor", num_queries: int) -> int:
+    """What vectors of some queries over all trained parameters take."""
+    stages = attributor.record.stages
+    size = int(sum(np.prod(stage.tensor_info[name]["shape"]) for stage in stages for name in stage.trainable))
+    return num_queries * size * (attributor.vector_dtype or attributor.dtype).itemsize
+
+
+def carries_on_disk(attributor: "SourceAttributor", num_queries: int) -> bool:
+    """Whether vectors that are carried on from a segment to the one before have no room beside those that score."""
+    budget, stages = attributor.query_budget, attributor.record.stages
+    several = sum(len(stage.segments) for stage in stages) > 1
+    walks = vectors_each(attributor) == 1
+    return walks and several and budget is not None and 2 * num_vector_bytes(attributor, num_queries) > budget
 
 
 def in_chunks(attributor: "SourceAttributor", queries: Queries, method: Method) -> Scores:
     """Scores of a method, of some queries after another where the vectors of all do not fit the memory budget."""
-    sizes = [
-        np.prod(stage.tensor_info[name]["shape"]) for stage in attributor.record.stages for name in stage.trainable
-    ]
-    element = (attributor.vector_dtype or attributor.dtype).itemsize
-    each = vectors_each(attributor)
-    step = queries_at_once(attributor.query_budget, int(sum(sizes)), element, len(queries), each)
+    size, each = num_vector_bytes(attributor, 1), vectors_each(attributor)
+    step = queries_at_once(attributor.query_budget, size, 1, len(queries), each)
     if step >= len(queries) or method.together:
         yield from method.score(attributor, queries)
         return

@@ -13,13 +13,15 @@
 # limitations under the License.
 """`source` and `fast-source`: segment by segment. `stepwise`: step by step. `unrolled`: the exact derivative."""
 
+import tempfile
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import ConfigError
 from ...source import ExactProducts, Products, SampledProducts, unroll, walk
 from ..queries import Queries
-from .base import Scores
+from .base import Scores, carries_on_disk
 
 
 if TYPE_CHECKING:
@@ -89,11 +91,15 @@ def fast_source(attributor: "SourceAttributor", queries: Queries) -> Scores:
 
 
 def _walk(attributor: "SourceAttributor", queries: Queries, checkpoints: bool) -> Scores:
+    own = {"checkpoints": checkpoints, "work": attributor.work(queries)}
+    if carries_on_disk(attributor, len(queries)):
+        own["carry_in"] = attributor.cache_dir or Path(tempfile.gettempdir())
+        own["carry_in"].mkdir(parents=True, exist_ok=True)
     return walk(
         attributor.record.stages,
         attributor.all_rows(),
         lambda gradients: attributor.query_gradients(gradients, queries, attributor.vector_dtype),
-        replace(attributor.walk_settings(), checkpoints=checkpoints, work=attributor.work(queries)),
+        replace(attributor.walk_settings(), **own),
         attributor.build_model,
     )
 
