@@ -21,7 +21,9 @@ import numpy as np
 import torch
 
 from ..budget import clock
+from ..curvature.columns import holds_factored
 from ..gradients import RowGradients
+from ..gradients.rules import Call, Rule
 from ..recording import StageRecord
 from ..source import score_rows
 from .methods.projected import ProjectedOptions
@@ -48,6 +50,7 @@ class Calibration:
         batch_bytes: that a batch of `max_tokens_per_batch` leaves between its forward and its backward pass, and what
             goes back through its largest layer; of as many tokens as there are, if they are fewer.
         token_bytes: the same for each token.
+        column_token_bytes: that the sample's columns hold for each token, of parameters whose columns are factored.
     """
 
     pass_seconds: float
@@ -56,6 +59,7 @@ class Calibration:
     operations_per_second: float
     batch_bytes: int
     token_bytes: float
+    column_token_bytes: float
 
 
 def calibrate(
@@ -70,7 +74,9 @@ def calibrate(
     checking = clock(attributor.device) - start
     batches = rows.batches(rows.trained)
     chosen = [batches[i] for i in sorted({0, len(batches) // 2, len(batches) - 1})]
-    token_bytes = _bytes_per_token(gradients, rows, chosen[0][:4], attributor.device)
+    token_bytes, column_bytes = _bytes_per_token(gradients, rows, chosen[0][:4], attributor.device)
+    if attributor.vector_dtype is not None:
+        column_bytes *= attributor.vector_dtype.itemsize / attributor.dtype.itemsize
     seconds = lambda work: _seconds_per_token(work, rows, chosen, attributor.device)  # noqa: E731
     if isinstance(attributor.options, ProjectedOptions):
         alone = together = seconds(_projecting(attributor, gradients, stage))
@@ -84,7 +90,7 @@ def calibrate(
     first = checking + num_queries * float(rows.lengths[rows.trained].mean()) * alone  # a query is about a row
     tokens = max(len(numbers) * int(rows.lengths[numbers].max()) for numbers in batches)
     speed = _operations_per_second(attributor)
-    return Calibration(alone, together, first, speed, int(token_bytes * tokens), token_bytes)
+    return Calibration(alone, together, first, speed, int(token_bytes * tokens), token_bytes, column_bytes)
 
 
 def _scoring(gradients: RowGradients, count: int, dtype: torch.dtype | None) -> Callable[[dict], object]:
@@ -117,8 +123,13 @@ def _seconds_per_token(
     return (clock(device) - start) / tokens
 
 
-def _bytes_per_token(gradients: RowGradients, rows: "StageRows", numbers: np.ndarray, device: torch.device) -> float:
-    """What autograd keeps of a batch and what rules read, each once, and three times the largest for its gradient."""
+def _bytes_per_token(
+    gradients: RowGradients, rows: "StageRows", numbers: np.ndarray, device: torch.device
+) -> tuple[float, float]:
+    """What a batch takes, and what of it the sample's columns hold.
+
+    A batch: what autograd keeps of it and what rules read, each once, and three times the largest for its gradient.
+    """
     batch = rows.collated(numbers, device)
     own = {parameter.untyped_storage().data_ptr() for parameter in gradients.model.parameters()}
     held: dict[int, int] = {}
@@ -129,10 +140,18 @@ def _bytes_per_token(gradients: RowGradients, rows: "StageRows", numbers: np.nda
             held[place.data_ptr()] = max(held.get(place.data_ptr(), 0), place.nbytes())
         return tensor.detach()  # an output that its own node held would hold the node
 
+    columns: dict[int, torch.Tensor] = {}  # by place, and held: no other may come to lie there
+
+    def call_arrived(name: str, rule: Rule, call: Call, num_rows: int) -> None:
+        note(call.input)
+        if holds_factored(rule, call, num_rows, gradients.parameters[name]):
+            columns.update({tensor.data_ptr(): tensor for tensor in (call.input, call.grad)})
+
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        gradients.stream(batch, list(gradients.parameters), lambda *call: note(call[2].input), lambda *block: None)
-    tokens = len(numbers) * int(rows.lengths[numbers].max())
-    return (sum(held.values()) + 3 * max(held.values(), default=0)) / max(1, tokens)
+        gradients.stream(batch, list(gradients.parameters), call_arrived, lambda *block: None)
+    tokens = max(1, len(numbers) * int(rows.lengths[numbers].max()))
+    of_batch = sum(held.values()) + 3 * max(held.values(), default=0)
+    return of_batch / tokens, sum(tensor.nbytes for tensor in columns.values()) / tokens
 
 
 def _operations_per_second(attributor: "SourceAttributor") -> float:

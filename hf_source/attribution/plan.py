@@ -65,9 +65,9 @@ class Plan:
         num_queries, num_parameters: sizes that decide the cost.
         stages: in the order they are walked, last to first.
         seconds: predicted wall time, from a calibration pass over a few rows.
-        memory: bytes held at the peak, by what holds them.
+        memory: bytes held at the peak, by what holds them; for Source, in that of its phases that takes most.
         disk: bytes read from the record.
-        written: bytes that are kept in `cache_dir` at most.
+        written: bytes that are kept in `cache_dir` at most, or, of vectors that are carried on, in a temporary folder.
         members: of the ensemble, one after another; `seconds` and `disk` are those of all, `stages` those of each.
         training_tokens: that each member trains on first.
         advice: which method is the better buy, where that can be said.
@@ -102,6 +102,9 @@ class Plan:
             first = f", after training on {self.training_tokens:,} tokens" if self.training_tokens else ""
             lines.append(f"  {self.members} members, one after another, each{first}:")
         for stage in self.stages:
+            if not stage.num_segments:
+                lines.append(f"  look up {stage.name!r}: {stage.num_rows:,} rows")
+                continue
             lines.append(
                 f"  walk and score {stage.name!r}: {stage.num_rows:,} rows, {stage.num_segments} segments, "
                 f"{stage.sample_passes} passes over the sample of each, "
@@ -159,6 +162,8 @@ def plan_tokens(attributor: "SourceAttributor", queries: Queries, target: StageR
 
 def estimate(attributor: "SourceAttributor", measured: Measured) -> Plan:
     """Predict the cost of the attributor's method."""
+    if attributor.index is not None:
+        return _index_plan(attributor, measured)
     stages, gradients, count = measured.stages, measured.gradients, measured.num_queries
     last = stages[-1]
     sizes = [parameter.numel() for parameter in gradients.parameters.values()]
@@ -178,13 +183,41 @@ def estimate(attributor: "SourceAttributor", measured: Measured) -> Plan:
         seconds,
         _memory(attributor, gradients, count, columns, speed),
         sum(stage.num_bytes for stage in stages),
-        0 if attributor.cache_dir is None else _written(gradients, stages, count),
+        _written(attributor, gradients, stages, count),
     )
 
 
-def _written(gradients: RowGradients, stages: list[StageRecord], num_queries: int) -> int:
+def _index_plan(attributor: "SourceAttributor", measured: Measured) -> Plan:
+    """Answers from an index: the queries' gradients, in its coordinates, times what is kept of every row."""
+    index, count = attributor.index, measured.num_queries
+    shapes = [tuple(parameter.shape) for parameter in measured.gradients.parameters.values()]
+    sizes = [parameter.numel() for parameter in measured.gradients.parameters.values()]
+    rotated = sum(2 * size * (shape[0] + size // shape[0]) for shape, size in zip(shapes, sizes, strict=True) if shape)
+    rows = sum(stage.num_rows for stage in attributor.record.stages)
+    operations = count * (rotated + 2 * index.numbers * rows)
+    seconds = measured.calibration.first_seconds + operations / measured.calibration.operations_per_second
+    element = next(iter(measured.gradients.parameters.values())).element_size()
+    model = sum(p.numel() * p.element_size() for p in measured.gradients.model.parameters())
+    return Plan(
+        "an index of Source",
+        attributor.curvature_name,
+        count,
+        sum(sizes),
+        [StagePlan(each.name, each.num_rows, 0, 0, 0, 0) for each in reversed(attributor.record.stages)],
+        seconds,
+        {"model": model, "query vectors": 2 * count * sum(sizes) * element, "the index": index.num_bytes},
+        index.num_bytes + model,
+    )
+
+
+def _written(
+    attributor: "SourceAttributor", gradients: RowGradients, stages: list[StageRecord], num_queries: int
+) -> int:
     """Vectors of a segment and of the one after it, and scores."""
-    vectors = sum(parameter.numel() * parameter.element_size() for parameter in gradients.parameters.values())
+    element = (attributor.vector_dtype or attributor.dtype).itemsize
+    vectors = sum(parameter.numel() * element for parameter in gradients.parameters.values())
+    if attributor.cache_dir is None:
+        return num_queries * vectors if carries_on_disk(attributor, num_queries) else 0
     return num_queries * (3 * vectors + sum(4 * len(stage.segments) * stage.num_rows for stage in stages))
 
 
@@ -329,7 +362,8 @@ def _memory(
         memory["products"] = attributor.memory_budget
     if attributor.method in CURVED and isinstance(attributor.curvature, JointCurvature):
         # One parameter's columns are never split between groups.
-        memory["sample columns"] = min(sum(columns), max(attributor.memory_budget, max(columns)))
+        most = max(attributor.memory_budget, max(columns))
+        memory["sample columns"] = min(_held_columns(attributor, gradients, columns, speed), most)
         memory["sample space"] = 6 * 8 * attributor.num_samples**2
         if attributor.method in ("source", "fast-source"):
             each = vectors_each(attributor)
@@ -343,7 +377,27 @@ def _memory(
                 for size, held in zip(sizes, columns, strict=True)
             )
             memory["segment"] = total  # its preconditioner
+            memory = _heaviest_phase(memory)
     return memory
+
+
+def _heaviest_phase(memory: dict[str, int]) -> dict[str, int]:
+    """A batch passes while the sample is taken or rows are scored; blocks come between."""
+    passing = {"a batch", "sample columns"}
+    fitting = {"sample columns", "sample space", "one parameter's block"}
+    heavy = max(passing, fitting, key=lambda phase: sum(memory[part] for part in phase))
+    return {part: size for part, size in memory.items() if part in heavy or part not in passing | fitting}
+
+
+def _held_columns(
+    attributor: "SourceAttributor", gradients: RowGradients, columns: list[int], speed: Calibration
+) -> int:
+    """Of all parameters; what modules share, such as the input of several, is held once."""
+    sizes = [parameter.numel() * parameter.element_size() for parameter in gradients.parameters.values()]
+    count, stage = attributor.num_samples, attributor.record.stages[-1]
+    rows = attributor.rows(stage)
+    dense = sum(held for held, size in zip(columns, sizes, strict=True) if held >= count * size)
+    return min(sum(columns), int(dense + count * float(rows.lengths[rows.trained].mean()) * speed.column_token_bytes))
 
 
 def _block_bytes(attributor: "SourceAttributor", size: int, held: int, num_vectors: int) -> int:

@@ -92,11 +92,7 @@ class Columns:
     def add(self, samples: slice, rule: Rule, call: Call) -> None:
         """A call of a pass over some samples; it is kept factored if that takes less and none was added up before."""
         count = samples.stop - samples.start
-        if (
-            self.dense is None
-            and rule in FACTORED
-            and _num_bytes(call) < count * self.like.numel() * self.like.element_size()
-        ):
+        if self.dense is None and holds_factored(rule, call, count, self.like):
             if self.narrow is not None:
                 call = call.with_tensors(self.narrow(call.input), self.narrow(call.grad))
             self.parts.append(Part(samples, rule, call))
@@ -178,6 +174,11 @@ def _rows_of(call: Call, rows: slice, num_rows: int) -> Call:
         return call
     parts = [tensor.reshape(num_rows, -1, *tensor.shape[1:])[rows] for tensor in (call.input, call.grad)]
     return call.with_tensors(*(part.flatten(0, 1) for part in parts))
+
+
+def holds_factored(rule: Rule, call: Call, rows: int, parameter: torch.Tensor) -> bool:
+    """Whether a call takes less than the gradients of its rows."""
+    return rule in FACTORED and _num_bytes(call) < rows * parameter.numel() * parameter.element_size()
 
 
 def _num_bytes(call: Call) -> int:

@@ -50,7 +50,7 @@ class WalkSettings:
         work: keeps what is done.
         probes: what sampled gradients are drawn with, `"labels"` or `"signs"`.
         vector_dtype: that the sample's factored columns are held in; `dtype` by default.
-        carry_in: folder where vectors that are carried on wait while a segment's rows are scored; in memory by default.
+        carry_in: folder where vectors that are carried on wait while a segment's rows are scored; `None`: in memory.
     """
 
     curvature: Any

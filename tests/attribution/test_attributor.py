@@ -11,9 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import importlib
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ from hf_source.attribution import METHODS
 from hf_source.errors import ConfigError, DataError, RecordError, UnsupportedError
 from hf_source.evaluation import losses_of, retrain
 from hf_source.gradients import RowGradients
-from hf_source.source import draw_sample
+from hf_source.source import draw_sample, on_disk
 
 from ..cases import byte_tokenizer, config, tiny_gpt2
 from ..story import CAPITALS, chats, facts
@@ -237,6 +239,46 @@ def test_vectors_in_bfloat16(story, queries, scores):
         attributor(story, vector_dtype="bfloat16", curvature="ekfac")
     with pytest.raises(ConfigError, match="here they are 'tracin'"):
         attributor(story, vector_dtype="bfloat16", method="tracin")
+
+
+def test_carried_vectors_wait_on_disk(story, queries, scores, monkeypatch, tmp_path):
+    from hf_source.attribution.methods import base
+
+    made, source = [], importlib.import_module("hf_source.attribution.methods.source")
+
+    class Seen(on_disk.VectorsOnDisk):
+        def __setitem__(self, name, tensor):
+            made.append(self._folder.name)
+            super().__setitem__(name, tensor)
+
+    monkeypatch.setattr(importlib.import_module("hf_source.source.walk"), "VectorsOnDisk", Seen)
+    walker = attributor(story)
+    vectors = base.num_vector_bytes(walker, len(queries))
+    assert not base.carries_on_disk(walker, len(queries))
+    for budget, expected in ((2 * vectors, False), (2 * vectors - 1, True), (vectors, True)):
+        assert base.carries_on_disk(attributor(story, memory_budget=budget), len(queries)) is expected
+    assert not base.carries_on_disk(attributor(story, memory_budget=1, curvature="ekfac"), len(queries))
+    monkeypatch.setattr(source, "carries_on_disk", lambda *asked: True)
+    for stage, expected in scores.items():
+        np.testing.assert_array_equal(walker.scores(None, queries, stage), expected)
+    assert made and not any(Path(folder).exists() for folder in made)  # gone with the walk
+
+
+def test_vectors_on_disk(tmp_path):
+    vectors = on_disk.VectorsOnDisk(tmp_path, torch.device("cpu"))
+    given = {"a": torch.randn(2, 3), "b": torch.randn(2).bfloat16(), "c": torch.randn(2, 3, 4).double().mT}
+    vectors.update(given)
+    assert list(vectors) == ["a", "b", "c"] and len(vectors) == 3
+    assert all(
+        torch.equal(vectors[name], tensor) and vectors[name].dtype == tensor.dtype for name, tensor in given.items()
+    )
+    vectors["a"].zero_()  # a copy
+    assert torch.equal(vectors.pop("a"), given["a"]) and "a" not in vectors
+    vectors["d"] = torch.ones(1)
+    vectors["b"] = torch.zeros(4)
+    assert vectors["b"].shape == (4,) and torch.equal(vectors["c"], given["c"]) and len(list(tmp_path.rglob("*"))) == 4
+    del vectors
+    assert not list(tmp_path.iterdir())
 
 
 def test_small_memory_budget_changes_nothing(story, queries, scores):

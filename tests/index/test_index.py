@@ -101,6 +101,16 @@ def test_a_small_index_ranks_rows_alike_and_says_how_well(story, built, queries)
     assert quick.settings()["num_samples"] == 8 and quick.settings() != exact.settings()
 
 
+def test_the_plan_of_an_index(story, built, queries):
+    quick = attributor(story, index=built)
+    plan, full = quick.plan(None, queries), attributor(story).plan(None, queries)
+    model = sum(parameter.numel() * 4 for parameter in quick.build_model(story.stages[-1]).parameters())
+    assert plan.disk == quick.index.num_bytes + model
+    assert plan.memory["the index"] == quick.index.num_bytes and plan.memory["model"] == model
+    assert 0 < plan.seconds < full.seconds and "sample columns" not in plan.memory
+    assert "look up 'pretrain': 8 rows" in str(plan) and "passes over" in str(full)
+
+
 def test_what_the_files_hold(story, built):
     index = SourceIndex.load(built)
     for number, stage in enumerate(("pretrain", "sft")):
