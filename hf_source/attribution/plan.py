@@ -25,7 +25,7 @@ from ..curvature import JointCurvature, column_bytes
 from ..curvature.joint import PIECE_BYTES
 from ..gradients import RowGradients
 from ..recording import StageRecord
-from ..source import DIRECTIONS_BYTES, wanted_parameters
+from ..source import DIRECTIONS_BYTES, state_stride, wanted_parameters
 from .calibration import Calibration, calibrate
 from .cost import JointCost
 from .methods.base import carries_on_disk, vectors_each
@@ -352,10 +352,12 @@ def _memory(
     if attributor.method in UNROLLING:
         steps = max(stage.num_steps for stage in attributor.record.stages)
         memory["query vectors"] *= 2  # moments of the adjoint beside it, and the products
-        memory["states of the run"] = 3 * 2 * math.isqrt(steps) * total  # weights and two moments
+        stride = state_stride(steps, total)
+        kept = steps if stride == 1 else stride - (-steps // stride)
+        memory["states of the run"] = 3 * kept * total  # weights and two moments
         if attributor.method == "unrolled":  # a batch's activations and their derivatives, of some queries at once
             each = 3 * _visited_bytes(attributor, speed.token_bytes)
-            memory["second derivatives"] = each + min(num_queries * each, max(each, 3 * DIRECTIONS_BYTES))
+            memory["second derivatives"] = each + min(num_queries * each, max(each, DIRECTIONS_BYTES))
         return memory
     if _iterates(attributor):
         memory["query vectors"] *= 2  # residual, direction and their products

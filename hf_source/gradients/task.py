@@ -215,7 +215,11 @@ class CausalLMTask(RowLossTask):
 
     def token_losses(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Negative log-likelihood of every label token, `[rows, tokens - 1]`, 0 where nothing is asked."""
-        return token_losses(*self.predictions(outputs, labels), self.label_smoothing)
+        if self.virtual_tokens:
+            return token_losses(*self.predictions(outputs, labels), self.label_smoothing)
+        # Labels are moved to their logits, of which a part would be a copy.
+        moved = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        return token_losses(outputs, moved, self.label_smoothing)[:, :-1]
 
     def sample_labels(self, outputs: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Each loss item's label drawn from the softmax of its logits; shape and masking of `labels`.

@@ -17,7 +17,7 @@ from .products import DIRECTIONS_BYTES, ExactProducts, Products, SampledProducts
 from .replay_cost import ReplayCost, replay_cost
 from .self_influence import self_influence
 from .stages import WalkSettings, wanted_parameters
-from .unrolled import refuse_inexact, refuse_other_runs, unroll
+from .unrolled import refuse_inexact, refuse_other_runs, state_stride, unroll
 from .walk import draw_sample, score_rows, segment_flow, walk
 from .work import Work
 
@@ -37,6 +37,7 @@ __all__ = [
     "score_rows",
     "segment_flow",
     "self_influence",
+    "state_stride",
     "unroll",
     "walk",
     "wanted_parameters",

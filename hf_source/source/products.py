@@ -170,16 +170,16 @@ class SampledProducts(Products):
 
     def __call__(self, gradients, batch, forces, normalizer, step_sizes=None, seed=0) -> Vectors:
         """See `Products`."""
-        forces, step_sizes = dict(forces), step_sizes or {}
+        forces, step_sizes = {name: force.clone() for name, force in forces.items()}, step_sizes or {}
         gradients = gradients.with_task(curvature_task(gradients.task, self.probes))
         total: Vectors = {}
         generators = [torch.Generator().manual_seed(seed + 104729 * draw) for draw in range(self.draws)]
         for done in gradients.draws(batch, generators):
             scale = (normalizer * self.draws) ** -0.5
             for name, part in self._flow(gradients, done, forces, step_sizes, scale).items():
-                total[name] = total[name] + part if name in total else part
                 if name in forces and name in step_sizes:
-                    forces[name] = forces[name] - step_sizes[name] * part
+                    forces[name].addcmul_(step_sizes[name].to(part), part, value=-1)
+                total[name] = total[name].add_(part) if name in total else part
         return total
 
     def _flow(self, gradients, done, forces, step_sizes, scale) -> Vectors:

@@ -18,9 +18,11 @@ of the time outside of matrix products: an activation made of eight operations h
 matrix products of many directions are copied into the layout of one. Inside `cheap_twice(model)` the common operations
 are replaced by ones that know both of their derivatives:
 
-* affine maps `x W + b` (`torch.addmm`, `linear`): each direction's products are made in place, without copies,
+* affine maps `x W + b` (`torch.addmm`, `linear`) and `torch.matmul`: each direction's products are made in place,
+  without copies,
 * elementwise activations: `f'` and `f''` are computed once, for all directions,
-* `layer_norm` and the cross-entropy of single items: in closed form.
+* `layer_norm`, `softmax` and the cross-entropy of single items: in closed form, one direction after the other, so that
+  what is worked on stays in a processor's cache.
 
 Every other operation stays autograd's. Values and derivatives are the same up to rounding, so nothing else changes.
 Only the first two derivatives exist. With `x` an operation's input, `g` the gradient of its output and `k, C, c`
@@ -133,6 +135,25 @@ class _OfMany(Function):
         return found, tuple(None if part is None else 0 for part in found)
 
 
+class _OneByOne(_OfMany):
+    """A function of which `one` does a copy at a time, so that what it works on stays in a processor's cache."""
+
+    @classmethod
+    def many(cls, *args):
+        """All copies; the first `cls.copied` arguments come in copies."""
+        copies = len(next(part for part in args[: cls.copied] if part is not None))
+        results: tuple[torch.Tensor | None, ...] = ()
+        for number in range(copies):
+            own = (None if part is None else part[number] for part in args[: cls.copied])
+            found = cls.one(*own, *args[cls.copied :])
+            if not results:
+                results = tuple(None if part is None else part.new_empty((copies, *part.shape)) for part in found)
+            for result, part in zip(results, found, strict=True):
+                if part is not None:
+                    result[number] = part
+        return results
+
+
 class _AffineOfMany(_OfMany):
     """The gradients of an affine map for many `g [copies, n, out]`."""
 
@@ -199,6 +220,92 @@ def _linear(x, weight, bias=None):
         return None
     made = _Affine.apply(x.reshape(-1, x.shape[-1]), weight.T, bias)
     return made.view(*x.shape[:-1], len(weight))
+
+
+# ---- products of batches of matrices ----
+
+
+class _Matmul(Function):
+    """`A B` with `A [batch, n, m]`, `B [batch, m, k]`: an affine map of each matrix, whose weight is the other one."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return torch.bmm(a, b)
+
+    @staticmethod
+    def backward(ctx, g):
+        return (_MatmulFirst if torch.is_grad_enabled() else _MatmulOfMany).apply(g, *ctx.saved_tensors)
+
+
+class _MatmulFirst(Function):
+    """`g B^T` and `A^T g`, to be differentiated."""
+
+    @staticmethod
+    def forward(ctx, g, a, b):
+        ctx.save_for_backward(g, a, b)
+        ctx.set_materialize_grads(False)
+        return torch.bmm(g, b.mT), torch.bmm(a.mT, g)
+
+    @staticmethod
+    def backward(ctx, along_a, along_b):
+        return _MatmulSecond.apply(along_a, along_b, *ctx.saved_tensors)
+
+
+class _MatmulOfMany(_OfMany):
+    """`g B^T` and `A^T g` for many `g [copies, batch, n, k]`."""
+
+    @staticmethod
+    def forward(g, a, b):
+        return _MatmulOfMany.of_one([g], a, b)
+
+    @staticmethod
+    def vmap(info, in_dims, g, a, b):
+        return _MatmulOfMany.of_all(info, [g], in_dims[:1], a, b)
+
+    @staticmethod
+    def many(g, a, b):
+        """Gradients of `A` and `B`."""
+        da, db = g.new_empty((len(g), *a.shape)), g.new_empty((len(g), *b.shape))
+        for own, out_a, out_b in zip(g, da, db, strict=True):
+            torch.bmm(own, b.mT, out=out_a)
+            torch.bmm(a.mT, own, out=out_b)
+        return da, db
+
+
+class _MatmulSecond(_OfMany):
+    """The second pass for many directions of the gradients of `A` and `B`."""
+
+    @staticmethod
+    def forward(along_a, along_b, g, a, b):
+        return _MatmulSecond.of_one([along_a, along_b], g, a, b)
+
+    @staticmethod
+    def vmap(info, in_dims, along_a, along_b, g, a, b):
+        return _MatmulSecond.of_all(info, [along_a, along_b], in_dims[:2], g, a, b)
+
+    @staticmethod
+    def many(along_a, along_b, g, a, b):
+        """`along_a B + A along_b`, `g along_b^T` and `along_a^T g`."""
+        copies = len(along_b if along_a is None else along_a)
+        dg, da, db = g.new_zeros((copies, *g.shape)), None, None
+        if along_a is not None:
+            db = g.new_empty((copies, *b.shape))
+            for own, out, total in zip(along_a, db, dg, strict=True):
+                torch.bmm(own.mT, g, out=out)
+                torch.bmm(own, b, out=total)
+        if along_b is not None:
+            da = g.new_empty((copies, *a.shape))
+            for own, out, total in zip(along_b, da, dg, strict=True):
+                torch.bmm(g, own.mT, out=out)
+                total.baddbmm_(a, own)
+        return dg, da, db
+
+
+def _matmul(a, b, **settings):
+    if settings or a.dim() < 3 or a.shape[:-2] != b.shape[:-2] or not _plain(a, b):
+        return None
+    return _Matmul.apply(a.flatten(0, -3), b.flatten(0, -3)).view(*a.shape[:-1], b.shape[-1])
 
 
 # ---- elementwise activations ----
@@ -277,8 +384,7 @@ class _LayerNorm(Function):
         x, weight, normal, rate = ctx.saved_tensors
         if torch.is_grad_enabled():
             return *_LayerNormFirst.apply(g, x, weight, normal, rate), None
-        dx = _tangent(g * weight, normal) * rate
-        return dx, (g * normal).sum(dim=0), g.sum(dim=0), None
+        return *_LayerNormOfMany.apply(g, weight, normal, rate), None
 
 
 class _LayerNormFirst(Function):
@@ -297,28 +403,65 @@ class _LayerNormFirst(Function):
 
     @staticmethod
     def backward(ctx, k, big, small):
+        return *_LayerNormSecond.apply(k, big, small, *ctx.saved_tensors), None, None
+
+
+class _LayerNormOfMany(_OneByOne):
+    """The gradients of a layer norm for many `g [copies, n, features]`."""
+
+    copied = 1
+
+    @staticmethod
+    def forward(g, weight, normal, rate):
+        return _LayerNormOfMany.one(g, weight, normal, rate)
+
+    @staticmethod
+    def vmap(info, in_dims, g, *rest):
+        return _LayerNormOfMany.of_all(info, [g], in_dims[:1], *rest)
+
+    @staticmethod
+    def one(g, weight, normal, rate):
+        """Gradients of `x`, weight and bias."""
+        return _tangent(g * weight, normal).mul_(rate), (g * normal).sum(dim=0), g.sum(dim=0)
+
+
+class _LayerNormSecond(_OneByOne):
+    """The second pass of a layer norm for many directions."""
+
+    copied = 3
+
+    @staticmethod
+    def forward(*args):
+        return _LayerNormSecond.one(*args)
+
+    @staticmethod
+    def vmap(info, in_dims, k, big, small, *rest):
+        return _LayerNormSecond.of_all(info, [k, big, small], in_dims[:3], *rest)
+
+    @staticmethod
+    def one(k, big, small, g, weight, normal, rate, scaled, tangent):
         """With `w = rate P(k)`: `dg = w weight + C normal + c`, and `x` enters by `normal` and by `rate`."""
-        g, weight, normal, rate, scaled, tangent = ctx.saved_tensors
-        dg = dnormal = dx = dweight = None
+        dg, dnormal, dweight = torch.zeros_like(g), torch.zeros_like(g), None
         if k is not None:
             along = _mean_product(k, normal)
-            w = (k - k.mean(dim=-1, keepdim=True)).sub_(normal * along).mul_(rate)
-            dg, dweight = w * weight, (w * g).sum(dim=0)
-            dnormal = (k * (-rate * _mean_product(scaled, normal))).sub_((rate * scaled) * along)
+            w = (k - k.mean(dim=-1, keepdim=True)).addcmul_(normal, along, value=-1).mul_(rate)
+            dg.addcmul_(w, weight)
+            dweight = w.mul_(g).sum(dim=0)
+            dnormal.addcmul_(k, rate * _mean_product(scaled, normal), value=-1)
+            dnormal.addcmul_(scaled, rate * along, value=-1)
         if big is not None:
-            dg = big * normal if dg is None else dg.add_(big * normal)
-            dnormal = big * g if dnormal is None else dnormal.add_(big * g)
+            dg.addcmul_(normal, big)
+            dnormal.addcmul_(g, big)
         if small is not None:
-            dg = small + torch.zeros_like(g) if dg is None else dg.add_(small)
-        if dnormal is not None:
-            dx = _tangent(dnormal, normal).mul_(rate)
-            if k is not None:
-                dx.sub_((rate.square() * normal) * _mean_product(k, tangent))
-        return dg, dx, dweight, None, None
+            dg += small
+        dx = _tangent(dnormal, normal).mul_(rate)
+        if k is not None:
+            dx.addcmul_(normal, rate.square() * _mean_product(k, tangent), value=-1)
+        return dg, dx, dweight
 
 
 def _tangent(v: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
-    return (v - v.mean(dim=-1, keepdim=True)).sub_(normal * _mean_product(v, normal))
+    return (v - v.mean(dim=-1, keepdim=True)).addcmul_(normal, _mean_product(v, normal), value=-1)
 
 
 def _mean_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -329,6 +472,84 @@ def _layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5):
     if weight is None or bias is None or len(normalized_shape) != 1 or not _plain(x, weight, bias):
         return None
     return _LayerNorm.apply(x.reshape(-1, x.shape[-1]), weight, bias, eps).view(x.shape)
+
+
+# ---- softmax ----
+
+
+class _Softmax(Function):
+    """Softmax over the last axis."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.softmax(dim=-1)
+        ctx.save_for_backward(x, y)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, y = ctx.saved_tensors
+        return _SoftmaxFirst.apply(g, x, y) if torch.is_grad_enabled() else _SoftmaxOfMany.apply(g, y)[0]
+
+
+class _SoftmaxFirst(Function):
+    """`y (g - <g, y>)`, to be differentiated."""
+
+    @staticmethod
+    def forward(ctx, g, x, y):
+        centred = g - torch.linalg.vecdot(g, y)[..., None]
+        ctx.save_for_backward(g, y, centred)
+        return y * centred
+
+    @staticmethod
+    def backward(ctx, k):
+        return *_SoftmaxSecond.apply(k, *ctx.saved_tensors), None
+
+
+class _SoftmaxOfMany(_OneByOne):
+    """The gradient of a softmax for many `g`."""
+
+    copied = 1
+
+    @staticmethod
+    def forward(*args):
+        return _SoftmaxOfMany.one(*args)
+
+    @staticmethod
+    def vmap(info, in_dims, g, y):
+        return _SoftmaxOfMany.of_all(info, [g], in_dims[:1], y)
+
+    @staticmethod
+    def one(g, y):
+        """`y (g - <g, y>)`."""
+        return ((g - torch.linalg.vecdot(g, y)[..., None]).mul_(y),)
+
+
+class _SoftmaxSecond(_OneByOne):
+    """The second pass of a softmax for many directions."""
+
+    copied = 1
+
+    @staticmethod
+    def forward(*args):
+        return _SoftmaxSecond.one(*args)
+
+    @staticmethod
+    def vmap(info, in_dims, k, *rest):
+        return _SoftmaxSecond.of_all(info, [k], in_dims[:1], *rest)
+
+    @staticmethod
+    def one(k, g, y, centred):
+        """`y (k - <k, y>)`, and `v = k (g - <g, y>) - g <k, y>` on its way through `y`."""
+        along = torch.linalg.vecdot(k, y)[..., None]
+        v = (k * centred).addcmul_(g, along, value=-1)
+        return (k - along).mul_(y), v.sub_(torch.linalg.vecdot(v, y)[..., None]).mul_(y)
+
+
+def _softmax(x, dim=None, _stacklevel=3, dtype=None):
+    if dim not in (-1, x.dim() - 1) or dtype not in (None, x.dtype) or not _plain(x):
+        return None
+    return _Softmax.apply(x)
 
 
 # ---- cross-entropy ----
@@ -363,11 +584,28 @@ class _CrossEntropyFirst(Function):
 
     @staticmethod
     def backward(ctx, k):
-        g, probability, difference = ctx.saved_tensors
-        dg = (k * difference).sum(dim=-1) if ctx.needs_input_grad[0] else None
-        dlogits = k * probability
-        dlogits.sub_(probability * dlogits.sum(dim=-1, keepdim=True)).mul_(g[:, None])
-        return dg, dlogits, None, None
+        return *_CrossEntropySecond.apply(k, *ctx.saved_tensors), None, None
+
+
+class _CrossEntropySecond(_OneByOne):
+    """The second pass of a cross-entropy for many directions."""
+
+    copied = 1
+
+    @staticmethod
+    def forward(*args):
+        return _CrossEntropySecond.one(*args)
+
+    @staticmethod
+    def vmap(info, in_dims, k, *rest):
+        return _CrossEntropySecond.of_all(info, [k], in_dims[:1], *rest)
+
+    @staticmethod
+    def one(k, g, probability, difference):
+        """`<k, p - q>` and `g (p k - p <p, k>)`."""
+        along = k * probability
+        dlogits = along.addcmul_(probability, along.sum(dim=-1, keepdim=True), value=-1).mul_(g[:, None])
+        return torch.linalg.vecdot(k, difference), dlogits
 
 
 def _cross_entropy(logits, target, *args, reduction="mean", ignore_index=-100, label_smoothing=0.0, **settings):
@@ -392,7 +630,9 @@ def _plain(*tensors: torch.Tensor) -> bool:
 _REPLACED = {
     torch.addmm: _addmm,
     F.linear: _linear,
+    torch.matmul: _matmul,
     F.layer_norm: _layer_norm,
+    F.softmax: _softmax,
     F.cross_entropy: _cross_entropy,
     F.gelu: functools.partial(_elementwise, F.gelu),
     F.silu: functools.partial(_elementwise, F.silu),

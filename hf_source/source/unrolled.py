@@ -22,9 +22,10 @@ backwards with the adjoints `a = d f_q / d theta_k` and `b = d f_q / d state_k`:
     a <- (d step / d theta)^T (a, b) + H_k h,     b <- (d step / d state)^T (a, b)
 
 with `H_k` the Hessian of the step's objective. Nothing is averaged or approximated, so this is what any other method
-is measured against; what remains is only that a row's removal is not infinitesimal. States are kept at every
-`sqrt(steps)`-th step and replayed in between. Cost per step: three gradients of the batch and a Hessian-vector product
-per query, which tells the rows' dot products too: `H h` and `<h, grad l_m>` are both derivatives of one gradient.
+is measured against; what remains is only that a row's removal is not infinitesimal. States of long runs are kept at
+every `sqrt(steps)`-th step and replayed in between. Cost per step: two or three gradients of the batch and a
+Hessian-vector product per query, which tells the rows' dot products too: `H h` and `<h, grad l_m>` are derivatives
+of one gradient.
 """
 
 import math
@@ -49,6 +50,9 @@ from .walk import enter_epochs, score_rows
 
 # Rounding of a replay in float32 is far below this (2e-5 where it was measured); noise of any kind is above.
 _MOST_MISSED = 0.05
+
+_FEW_BYTES = 2**27
+"""States of a run up to this size are all kept."""
 
 _BATCH_TOKENS = 64
 """What a batch costs beside its tokens, in tokens."""
@@ -164,6 +168,11 @@ def by_length(pieces: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
     return found[::-1]
 
 
+def state_stride(num_steps: int, weight_bytes: int) -> int:
+    """At which steps states are kept: all of them if that is little, or else every `sqrt(steps)`-th."""
+    return 1 if num_steps * 3 * weight_bytes <= _FEW_BYTES else max(1, math.isqrt(num_steps))
+
+
 class RecordedRun:
     """One stage, to be repeated forwards and differentiated backwards.
 
@@ -184,7 +193,8 @@ class RecordedRun:
         self.update = Update(OptimizerDescription.from_dict(stage.optimizer))
         self.trained = {name: gradients.parameters[name] for name in stage.trainable}
         self.max_norm = float(stage.training["max_grad_norm"])
-        self.stride = max(1, math.isqrt(len(self.steps)))
+        size = sum(p.numel() * p.element_size() for p in self.trained.values())
+        self.stride = state_stride(len(self.steps), size)
 
     def backward(self, vectors: Vectors) -> tuple[np.ndarray, Vectors]:
         """Scores of the stage's rows, `[queries, rows]`, and the query vectors at its initial weights."""
@@ -372,7 +382,9 @@ class RecordedRun:
                     np.subtract.at(scores[queries], (slice(None), rows), dots.double().cpu().numpy() / normalizer)
 
     def _by_products(self, step, forces, step_sizes, adjoint, scores) -> None:
-        flowing = forces
+        # Forces themselves still score the rows of later micro-batches.
+        several = len(self.steps.micro_batches[step]) > 1
+        flowing = {name: force.clone() for name, force in forces.items()} if several else forces
         mine, count = self.settings.share
         for position, (pieces, batch, normalizer) in enumerate(self.micro_batches(step)):
             if position % count == mine:
@@ -382,5 +394,5 @@ class RecordedRun:
             found = self.products(self.gradients, batch, flowing, normalizer, step_sizes, seed)
             for name, part in found.items():
                 adjoint[name] += part
-            if not self.products.exact:  # a flow through one micro-batch after the other
-                flowing = {n: h - step_sizes[n] * found[n] if n in found else h for n, h in flowing.items()}
+                if several and not self.products.exact and name in flowing:  # a flow through one after the other
+                    flowing[name].addcmul_(step_sizes[name].to(part), part, value=-1)

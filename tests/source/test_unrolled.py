@@ -136,3 +136,16 @@ def test_what_cannot_be_repeated_or_differentiated_is_refused(tmp_path):
     record.stage().optimizer["groups"][0]["rule"] = "Muon"
     with pytest.raises(UnsupportedError, match="Muon, which cannot be differentiated.*one of SGD, Adam, AdamW"):
         SourceAttributor(record, method="unrolled", progress=False).scores(random_rows(), queries)
+
+
+@pytest.mark.parametrize("method", ["unrolled", "stepwise"])
+def test_states_that_are_made_again_and_micro_batches_give_the_same_scores(tmp_path, monkeypatch, method):
+    settings = {"max_steps": 5, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    dataset = random_rows()
+    train(tmp_path, tiny_gpt2(dtype=torch.float64), dataset, **settings)
+    queries = Queries.from_dataset(random_rows(2, seed=5))
+    attributor = attributor_of(tmp_path, dtype=torch.float64).like(method=method)
+    kept = attributor.scores(dataset, queries)
+    monkeypatch.setattr("hf_source.source.unrolled._FEW_BYTES", 0)
+    made_again = attributor_of(tmp_path, dtype=torch.float64).like(method=method).scores(dataset, queries)
+    np.testing.assert_array_equal(kept, made_again)
