@@ -247,8 +247,9 @@ def _column_bytes(attributor: "SourceAttributor", gradients: RowGradients, stage
     """What each parameter's columns of the sample matrix take."""
     rows, count = attributor.rows(stage), attributor.num_samples
     tokens = count * float(rows.lengths[rows.trained].mean()) if "input_ids" in (rows.columns or ()) else None
+    met = {name: count if tokens is None and name in gradients.single else tokens for name in gradients.parameters}
     parameters, dtype = gradients.parameters.items(), attributor.vector_dtype
-    return [column_bytes(p, count, tokens, gradients.rules(name), dtype) for name, p in parameters]
+    return [column_bytes(p, count, met[name], gradients.rules(name), dtype) for name, p in parameters]
 
 
 def _sample_passes(attributor: "SourceAttributor", columns: list[int]) -> int:

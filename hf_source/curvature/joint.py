@@ -374,9 +374,10 @@ def _add_by_pass(sample: FisherSample, targets: Mapping[str, Sequence[tuple[torc
 
 def sample_groups(memory_budget: int, names: Iterable[str], sample: FisherSample) -> list[list[str]]:
     """Parameters in groups whose columns of `S`, held as what takes less, fit the memory budget."""
-    gradients, tokens = sample.gradients, sample.num_tokens
+    gradients = sample.gradients
     sizes = {
-        name: column_bytes(gradients.parameters[name], sample.size, tokens, gradients.rules(name)) for name in names
+        name: column_bytes(gradients.parameters[name], sample.size, sample.tokens_of(name), gradients.rules(name))
+        for name in names
     }
     return grouped(memory_budget, sizes)
 

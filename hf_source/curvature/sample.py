@@ -146,6 +146,10 @@ class FisherSample:
             return None
         return sum(ids.numel() for ids in inputs)
 
+    def tokens_of(self, name: str) -> int | None:
+        """Tokens of all samples that a parameter meets; `None` if that is not known beforehand."""
+        return self.size if self.num_tokens is None and name in self.gradients.single else self.num_tokens
+
     def columns(self, names: Sequence[str], piece_bytes: int = 2**28) -> dict[str, Columns]:
         """Columns of `S` that belong to the named parameters, held as what takes less.
 

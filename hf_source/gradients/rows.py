@@ -82,6 +82,7 @@ class RowGradients:
     Attributes:
         around: parameters without a rule that holds -> the module that is run again for them.
         fallback: parameters that take a backward pass per row.
+        single: parameters that meet one vector of each row, as the check saw, so that gradients are outer products.
     """
 
     def __init__(self, model: nn.Module, task: Task, names: Sequence[str], max_block_bytes: int = 256 * 2**20) -> None:
@@ -103,6 +104,7 @@ class RowGradients:
             if uses is None:
                 self._leave_rules(name, next(iter(self._modules_around(name)), None))
         self.checked = False
+        self.single: set[str] = set()
 
     @property
     def vocabulary(self) -> set[str]:
@@ -423,6 +425,11 @@ class RowGradients:
             tolerance = relative * max(float(truth[name].norm()), 1e-4 * scale)
             if name not in self.fallback and not (self.ruled(name) and self._holds(name, done, row, truth, tolerance)):
                 self._look_around(name, candidates[name], done, row, truth, tolerance)
+        self.single = {name for name in names if self.ruled(name) and self._vectors(name, done) == done.num_rows}
+
+    def _vectors(self, name: str, done: Pass) -> int:
+        """How many vectors of the batch a parameter meets."""
+        return sum(call.grad.numel() // call.grad.shape[-1] for call in self._calls_of(name, done))
 
     def _refuse_mixing(self) -> None:
         for path, module in self.model.named_modules():

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_source import RowLossTask
 from hf_source.curvature import EKFACCurvature, FisherSample, Flow, JointCurvature, factored, joint
-from hf_source.curvature.columns import Columns
+from hf_source.curvature.columns import Columns, column_bytes
 from hf_source.gradients import RowGradients, contraction
 
 
@@ -136,6 +136,21 @@ def test_joint_without_tail_is_the_matrix_exponential_of_the_samples():
     expected = oracles.dense_source(S.T @ S, P, decay, LENGTH, oracles.flat(case.q, case.names))
     for vectors, dense in zip(got, expected, strict=True):
         assert oracles.worst_error(vectors, dense, case.model, case.names) < ROUNDING
+
+
+@pytest.mark.parametrize("twice, passes", [(False, 1), (True, 4)])
+def test_what_is_held_of_the_sample_is_known_beforehand(twice, passes):
+    """Held as outer products, all of it takes 7,056 bytes; with the gradients of the layer used twice 12,432."""
+    case = made(twice)
+    layers = {"first", "head"} | ({"second"} if not twice else set())
+    assert case.sample.gradients.single == {name for name in case.names if name.split(".")[0] in layers}
+    sizes = [
+        column_bytes(parameter, case.sample.size, case.sample.tokens_of(name), case.sample.gradients.rules(name))
+        for name, parameter in case.sample.gradients.parameters.items()
+    ]
+    curvature = JointCurvature(memory_budget=8000)
+    curvature.propagate(dict(case.q), case.flow, case.sample)
+    assert case.sample.num_passes == curvature.num_passes(sizes) == passes
 
 
 def test_columns_with_samples_that_no_call_has_are_zero_there():
