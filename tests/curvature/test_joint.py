@@ -21,7 +21,7 @@ import torch
 from hf_source.curvature import FisherSample, Flow, JointCurvature, SampleSpace
 from hf_source.curvature.block import fit_block, rotate, unrotate
 from hf_source.curvature.columns import column_bytes
-from hf_source.curvature.joint import add_gram
+from hf_source.curvature.joint import add_gram, orthonormal_span
 
 
 # Small eigenvalues of `S P S^T` are known to the rounding of the large ones, and are divided by: some of 16 digits may
@@ -190,6 +190,25 @@ def test_sample_space_is_the_formula_of_the_design():
     # Two routes through the same small eigenproblem: rounding only.
     np.testing.assert_allclose(space.propagated(0.0)[:, 0].numpy(), -U @ (f * (U.T @ b)), rtol=1e-10)
     np.testing.assert_allclose(space.scoring(0.0)[:, 0].numpy(), U @ ((f - length) / e * (U.T @ b)), rtol=1e-10)
+
+
+@pytest.mark.parametrize("rank", [0, 3, 7])
+def test_samples_and_vectors_keep_their_products_in_an_orthonormal_span(rank):
+    generator = torch.Generator().manual_seed(rank)
+    draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)  # noqa: E731
+    samples = draw(7, rank) @ draw(rank, 12)
+    vectors = draw(4, 12)
+    basis, start = orthonormal_span(samples @ samples.T, samples @ vectors.T)
+    assert basis.shape == (7, rank) and start.shape == (rank, 4)
+    torch.testing.assert_close(basis @ basis.T, samples @ samples.T, rtol=0, atol=1e-10)
+    torch.testing.assert_close(basis @ start, samples @ vectors.T, rtol=0, atol=1e-10)
+    projected = vectors @ torch.linalg.pinv(samples) @ samples
+    torch.testing.assert_close(start.T @ start, projected @ projected.T, rtol=0, atol=1e-10)
+
+
+def test_samples_that_are_not_finite_are_no_span():
+    with pytest.raises(torch.linalg.LinAlgError, match="not finite"):
+        orthonormal_span(torch.full((2, 2), torch.nan, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("size", [3, 256, 600])
