@@ -72,7 +72,10 @@ LABELLED = {
     "influence joint": {"method": "influence", "curvature": "joint"},
     "grad-dot": {"method": "grad-dot"},
     "grad-cos": {"method": "grad-cos"},
+    "tracin": {"method": "tracin"},
+    "trak": {"method": "trak"},
     "bm25": {"method": "bm25"},
+    "unrolled": {"method": "unrolled"},
 }
 NATS = [label for label, settings in LABELLED.items() if METHODS[settings.get("method", "source")].nats]
 SEGMENTS, WRONG, FEW = 3, 0.1, [0, 5, 10, 15, 20]
@@ -141,7 +144,12 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=[""], help="methods, by a piece of the name")
     parser.add_argument("--sizes", nargs="+", type=int, default=[1, 5], help="rows that subset removal removes")
     parser.add_argument("--removal-queries", type=int, default=24, help="queries of subset removal")
-    parser.add_argument("--top-only", action="store_true", help="subset removal without lowest and matched rows")
+    parser.add_argument(
+        "--controls",
+        nargs="*",
+        default=[""],
+        help="methods of which lowest and matched rows are removed too, by a piece",
+    )
     parser.add_argument("--keep", type=Path, help="folder of records and finished retrainings, to go on from")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("evaluations.json"))
     args = parser.parse_args()
@@ -197,9 +205,10 @@ def main() -> None:
         if left:
             judge = "stepwise" if "stepwise" in few_scores else None
             found = leave_one_out(retraining["few"], {**few_scores, "unrolled": exact}, chosen_by=judge)
-            save(leave_one_out_entries(found, few.names, "", taken, [*NATS, "unrolled"]))
+            save(leave_one_out_entries(found, few.names, "", taken, NATS))
         if agreed:
-            each = {label: agreement(own, exact, k=(10,)) for label, own in few_scores.items()}
+            judged = {label: own for label, own in few_scores.items() if label != "unrolled"}
+            each = {label: agreement(own, exact, k=(10,)) for label, own in judged.items()}
             save(agreement_entries(each, few.names, "", seconds, NATS))
         if wanted("mislabelled rows"):
             broken = with_text(corrupt_labels(rows_of(after), WRONG, column="completion", within="relation"))
@@ -220,9 +229,10 @@ def main() -> None:
             asked = {label: own[places] for label, own in scores.items()}
             found = subset_removal(retraining["some"], asked, k=args.sizes, bottom=False)
             save(removal_entries(found, some.names, "", seconds))
-            if not args.top_only:
+            chosen = {label: own for label, own in asked.items() if any(text in label for text in args.controls)}
+            if chosen:
                 relation = {"column": rows["relation"], "num_matched": 1}
-                found = subset_removal(retraining["some"], asked, k=args.sizes[-1:], **relation)
+                found = subset_removal(retraining["some"], chosen, k=args.sizes[-1:], **relation)
                 found = [one for one in found if one.direction in ("bottom", "matched")]
                 save(removal_entries(found, some.names, "", seconds))
 
