@@ -24,6 +24,7 @@ LDS and the rank correlation of its scores with those of the exact derivative, a
 
     python benchmarks/bench_lm_lds.py --folder build/lm --rows facts hard --only unrolled
     python benchmarks/bench_stepwise.py --folder build/lm --rows facts hard       # writes benchmarks/stepwise.json
+    python benchmarks/bench_stepwise.py --folder build/lm --rows facts --leading  # its part on leading directions
 """
 
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from scipy.stats import spearmanr
 
 from hf_source import Queries, SourceAttributor, TrainingRecord
 from hf_source.evaluation import linear_datamodelling_score, removal_masks
-from hf_source.gradients import CausalLMTask, task_labels
+from hf_source.gradients import CausalLMTask, RowGradients, task_labels
 from hf_source.source import ExactProducts, Products, SampledProducts, unroll
 
 
@@ -140,9 +141,40 @@ def scores_of(record: TrainingRecord, queries: Queries, products: Products, kept
     return np.load(kept)
 
 
+def leading(record: TrainingRecord, queries: Queries, folder: Path, kind: str) -> dict[str, dict[str, float]]:
+    """Leading directions of the queries' gradients followed exactly, the rest by `stepwise`.
+
+    Scores are linear in the gradients, so those of `unrolled` and `stepwise` that bench_lm_lds.py left are mixed.
+    """
+    attributor = SourceAttributor(record, method="unrolled", progress=False)
+    encoded, stage = attributor.encode(queries), record.stages[0]
+    model = attributor.build_model(stage)
+    gradients = RowGradients(model, attributor.rows(stage).task, list(stage.trainable))
+    gradients.check(attributor.rows(stage).collated(attributor.rows(stage).shortest(2), torch.device("cpu")))
+    stage.load_weights(model, "final")
+    vectors = attributor.query_gradients(gradients, encoded)
+    gram = sum(vector.flatten(1).double() @ vector.flatten(1).double().T for vector in vectors.values()).numpy()
+    values, modes = np.linalg.eigh(gram)
+    exact, losses = np.load(folder / f"{kind}, unrolled.npy"), np.load(folder / f"{kind}-3.losses.npy")
+    removed, found = removal_masks(lm.NUM_ROWS, lm.NUM_SUBSETS, lm.FRACTION), {}
+    for draws in (4, 16):
+        rest = np.load(folder / f"{kind}, stepwise, {draws} draws.npy")
+        for rank in (0, 4, 8, 12, 16, 24):
+            project = modes[:, len(modes) - rank :] @ modes[:, len(modes) - rank :].T
+            lds = linear_datamodelling_score(rest + project @ (exact - rest), removed, losses)
+            found[f"{rank} directions, {draws} draws"] = {
+                "lds": round(lds.mean, 4),
+                "low": round(lds.low, 4),
+                "high": round(lds.high, 4),
+                "share": round(float(values[len(values) - rank :].sum() / values.sum()), 4),
+            }
+    return found
+
+
 def main() -> None:
     """Run and write the results."""
     parser = results_file.parser(__doc__, __file__)
+    parser.add_argument("--leading", action="store_true", help="only leading directions, of all queries")
     parser.add_argument("--rows", nargs="+", choices=sorted(lm.PRETRAINING), default=["facts", "hard"])
     parser.add_argument("--every", type=int, default=4, help="of the 24 queries, ask every so-many-th")
     parser.add_argument("--folder", type=Path, required=True, help="that bench_lm_lds.py left")
@@ -153,6 +185,12 @@ def main() -> None:
     for kind in args.rows:
         record = TrainingRecord.load(args.folder / f"{kind}-3")
         queries = Queries.from_text(*zip(*lm.texts(kind)[2], strict=True)).encode(record.processing_class())
+        if args.leading:
+            name = f"{kind}, leading directions"
+            report[name] = results_file.section({"queries": len(queries)}, None)
+            report[name]["results"] = leading(record, queries, args.folder, kind)
+            results_file.saver(args.out, report)()
+            continue
         chosen = list(range(0, len(queries), args.every))
         losses = np.load(args.folder / f"{kind}-3.losses.npy")[:, chosen]
         name = f"{kind}, {len(chosen)} queries"

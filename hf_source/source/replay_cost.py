@@ -38,7 +38,7 @@ class ReplayCost:
     """Seconds of one step.
 
     Attributes:
-        forward: repeating it, which is done twice.
+        forward: repeating it, as often as is needed.
         backward: going back through it, without products with its curvature.
         draw: of `SampledProducts`, for all queries.
         first: going back through it with exact products, for one query; infinite without second derivatives.
@@ -55,11 +55,11 @@ class ReplayCost:
 
     def sampled(self, draws: int) -> float:
         """Seconds a token of `stepwise`."""
-        return (2 * self.forward + self.backward + draws * self.draw) / self.tokens
+        return (self.forward + self.backward + draws * self.draw) / self.tokens
 
     def exact(self, queries: int) -> float:
         """Seconds a token of `unrolled`."""
-        return (2 * self.forward + self.first + (queries - 1) * self.query) / self.tokens
+        return (self.forward + self.first + (queries - 1) * self.query) / self.tokens
 
 
 def replay_cost(
@@ -109,7 +109,7 @@ def replay_cost(
     except RuntimeError:  # an operation whose derivative cannot be differentiated, or too little memory
         first = more = float("inf")
     return ReplayCost(
-        _shortest(lambda: run.next(step, before), device),
+        (1 if run.stride == 1 else 2) * _shortest(lambda: run.next(step, before), device),
         _shortest(lambda: back(_NoProducts(), num_queries), device),
         _shortest(sampled, device) / _DRAWS,
         first,
