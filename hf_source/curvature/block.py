@@ -42,6 +42,12 @@ _NEGLIGIBLE = 100
 """Times the rounding of the data type."""
 
 
+def negligible(dtype: torch.dtype) -> float:
+    """Changes of a direction that are not made: of a narrow type half of what its own rounding changes an entry by."""
+    eps = torch.finfo(dtype).eps
+    return _NEGLIGIBLE * eps if eps < 1e-4 else eps / 4
+
+
 @dataclass
 class Block:
     """A parameter's block in its basis.
@@ -70,28 +76,57 @@ class Block:
     def apply_all(
         self, vectors: torch.Tensor, functions: Sequence[Callable[[torch.Tensor], torch.Tensor]]
     ) -> list[torch.Tensor]:
-        """The same for several functions, turning the vectors into the block's basis once.
+        """The same for several functions, turning the vectors into the block's basis once."""
+        return self.moving(functions, vectors.dtype).apply(vectors)
+
+    def moving(self, functions: Sequence[Callable[[torch.Tensor], torch.Tensor]], dtype: torch.dtype) -> "Moving":
+        """What functions of the block do to vectors of a type, to be applied to some of them after others.
 
         Directions of a basis along which no function differs from 1 by more than rounding of sums like these
-        (`_NEGLIGIBLE`) stay as they are, and are not turned: of large blocks that are most.
+        (`negligible`) stay as they are, and are not turned: of large blocks that are most.
         """
         changes = [function(self.eigenvalues) - 1 for function in functions]
-        left, right = self.left, self.right
+        least, left, right = max(negligible(changes[0].dtype), negligible(dtype)), self.left, self.right
+        if not self.eigenvalues.numel():
+            return Moving(None, None, [None for _ in functions], self.preconditioner)
         if left is not None or right is not None:
-            moved = sum(change.abs() > _NEGLIGIBLE * torch.finfo(change.dtype).eps for change in changes) > 0
+            moved = sum(change.abs() > least for change in changes) > 0
             rows = _some(moved.any(dim=1), left)
             columns = _some(moved.any(dim=0), right)
             if (rows is not None and not len(rows)) or (columns is not None and not len(columns)):
-                return [vectors.clone() for _ in functions]
+                return Moving(None, None, [None for _ in functions], self.preconditioner)
             if rows is not None:
                 left, changes = left[:, rows], [change[rows] for change in changes]
             if columns is not None:
                 right, changes = right[:, columns], [change[:, columns] for change in changes]
-        turned = rotate(as_matrices(self.preconditioner.root(vectors)), left, right)
+        left, right = (None if side is None else side.to(dtype) for side in (left, right))
+        return Moving(left, right, [change.to(dtype) for change in changes], self.preconditioner)
+
+
+@dataclass
+class Moving:
+    """What functions of a block do.
+
+    Attributes:
+        left, right: directions that move, as in `Block`.
+        changes: of each function, what it adds along them; `None` where nothing moves.
+        preconditioner: `P`.
+    """
+
+    left: torch.Tensor | None
+    right: torch.Tensor | None
+    changes: list[torch.Tensor | None]
+    preconditioner: Preconditioner
+
+    def apply(self, vectors: torch.Tensor) -> list[torch.Tensor]:
+        """Each function on vectors `[count, *parameter.shape]`."""
+        if self.changes[0] is None:
+            return [vectors.clone() for _ in self.changes]
+        turned = rotate(as_matrices(self.preconditioner.root(vectors)), self.left, self.right)
         result = []
-        for number, change in enumerate(changes):
-            own = turned.mul_(change) if number == len(changes) - 1 else turned * change
-            back = unrotate(own, left, right).reshape(vectors.shape)
+        for number, change in enumerate(self.changes):
+            own = turned.mul_(change) if number == len(self.changes) - 1 else turned * change
+            back = unrotate(own, self.left, self.right).reshape(vectors.shape)
             result.append(self.preconditioner.inverse_root(back).add_(vectors))
         return result
 
@@ -172,6 +207,35 @@ def eigenvectors(moment: torch.Tensor | None) -> torch.Tensor | None:
     symmetric = moment.double()
     symmetric = (symmetric + symmetric.T) / 2
     return eigh(symmetric)[1].to(moment.dtype)
+
+
+_FIRST_GUESS = 64
+"""Eigenvectors that are looked for at first."""
+
+_ITERATIONS = 3
+
+
+def leading_eigenvectors(moment: torch.Tensor, least: float) -> torch.Tensor:
+    """Eigenvectors whose eigenvalues exceed `least`, `[m, number]`, of a positive semi-definite matrix.
+
+    By subspace iteration from random vectors, in twice as many dimensions until some are left over; where they are
+    more than an eighth, all are found at once. Of eigenvalues close to `least` some may be missed, or mixed.
+    """
+    size = len(moment)
+    if float(moment.trace()) <= least:
+        return moment.new_empty((size, 0))
+    number, generator = _FIRST_GUESS, torch.Generator(device=moment.device).manual_seed(size)
+    symmetric = (moment + moment.T) / 2
+    while size >= _LARGE_SIDE and number <= size // 8:
+        basis = torch.randn((size, number), generator=generator, dtype=moment.dtype, device=moment.device)
+        for _ in range(_ITERATIONS):
+            basis = torch.linalg.qr(symmetric @ basis).Q
+        values, rotation = eigh((basis.T @ symmetric @ basis).double())
+        if torch.isfinite(values).all() and values[0] <= least:
+            return basis @ rotation[:, values > least].to(basis)
+        number *= 2
+    vectors = eigenvectors(moment)
+    return vectors[:, (vectors * (symmetric @ vectors)).sum(dim=0) > least]
 
 
 def fit_block(

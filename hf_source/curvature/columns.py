@@ -127,29 +127,36 @@ class Columns:
             own = slice(start, min(start + step, self.size))
             yield own, self.block(own, None)
 
-    def slices(self, whole: bool = False) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Parts of the parameter's first axis: the part, and `[samples, part, ...]`; all at once with `whole`."""
+    def slices(self, whole: bool = False, dtype: torch.dtype | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Parts of the parameter's first axis: the part, and `[samples, part, ...]`; all at once with `whole`.
+
+        In `dtype`, or that of the parameter.
+        """
         if self.like.dim() == 0 or whole:
-            yield slice(None), self.whole()
+            yield slice(None), self.whole().to(dtype or self.like.dtype)
             return
         step = self._step(self.size * self.like[0].numel())
         for start in range(0, len(self.like), step):
             part = slice(start, min(start + step, len(self.like)))
-            yield part, self.block(slice(0, self.size), part)
+            yield part, self.block(slice(0, self.size), part, dtype)
 
     def _step(self, numbers: int) -> int:
         return max(1, self.piece_bytes // max(1, numbers * self.like.element_size()))
 
-    def block(self, samples: slice, first: slice | None) -> torch.Tensor:
+    def block(self, samples: slice, first: slice | None, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Columns of some samples and of a part of the first axis."""
+        dtype = dtype or self.like.dtype
         held = None
         if self.dense is not None:
             held = self.dense[samples] if first is None else self.dense[samples, first]
         if not self.parts:
-            return self._held()[samples] if held is None else held
+            return (self._held()[samples] if held is None else held).to(dtype)
         first = first or slice(0, len(self.like))
         shape = (samples.stop - samples.start, first.stop - first.start, *self.shape[1:])
-        result = self.like.new_empty(shape) if held is None else held.clone(memory_format=torch.contiguous_format)
+        if held is None:
+            result = self.like.new_empty(shape, dtype=dtype)
+        else:
+            result = held.to(dtype, copy=True, memory_format=torch.contiguous_format)
         written = np.full(len(result), held is not None)
         for part in self.parts:
             low, high = max(part.samples.start, samples.start), min(part.samples.stop, samples.stop)

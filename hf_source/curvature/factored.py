@@ -32,7 +32,7 @@ import torch
 from ..gradients.contraction import FACTORED, PIECE_BYTES, counted, factors
 from ..gradients.rows import Pass
 from ..gradients.rules import by_row, conv1d_weight, embedding_weight
-from .block import MAX_FULL_SIDE, Block, eigenvectors
+from .block import MAX_FULL_SIDE, Block, eigenvectors, leading_eigenvectors
 from .columns import Columns, Part
 from .preconditioner import Diagonal, Preconditioner
 from .sample import FisherSample
@@ -62,13 +62,15 @@ def multiplications(tokens: int, m: int, k: int, full: int) -> int:
     return tokens * (2 * full**2 + 2 * k**2 + m * k) + tokens**2 * (m + k)
 
 
-def fit_factored(columns: Columns, preconditioner: Diagonal, diagonal_left: bool = False) -> Block:
+def fit_factored(columns: Columns, preconditioner: Diagonal, diagonal_left: bool = False, least: float = 0.0) -> Block:
     """The block of a parameter `[m, k]`; see the module.
 
     Args:
         columns: factored ones only.
         preconditioner: `P`.
         diagonal_left: see `GradientMoments`. Needed where an embedding is among the calls.
+        least: eigenvalue below which a direction need not be told from others; all are found if it is 0. No entry of
+            the block is larger than the eigenvalues of its row and of its column.
     """
     m, k = columns.shape
     by_left, by_right = (side.to(columns.parts[0].call.grad) for side in preconditioner.roots_of_sides(columns.like))
@@ -81,7 +83,8 @@ def fit_factored(columns: Columns, preconditioner: Diagonal, diagonal_left: bool
         if left is not None:
             _add_left(one, other, left)
     scale = columns.scale**2
-    left, right = (None if moment is None else eigenvectors(moment * scale) for moment in (left, right))
+    find = (lambda moment: leading_eigenvectors(moment, least)) if least else eigenvectors
+    left, right = (None if moment is None else find(moment * scale) for moment in (left, right))
     whitened = Columns(columns.size, columns.like, columns.scale, columns.piece_bytes, parts=whitened)
     return Block(left, right, squares_in_bases(whitened, left, right), preconditioner)
 
@@ -114,10 +117,12 @@ def squares_in_bases(columns: Columns, left: torch.Tensor | None, right: torch.T
         right: `R`, or `None`.
     """
     parts = [_rotated(part, left, right) for part in columns.parts]
-    rotated = Columns(columns.size, columns.like, columns.scale, columns.piece_bytes, parts=parts)
+    m, k = (len(columns.like), columns.shape[1])
+    like = columns.like.new_empty((m if left is None else left.shape[1], k if right is None else right.shape[1]))
+    rotated = Columns(columns.size, like, columns.scale, columns.piece_bytes, parts=parts)
     if (pair := outer_products(rotated)) is not None:
         return pair[0].square_().T @ pair[1].square_()
-    squares = torch.empty_like(columns.like)
+    squares = torch.empty_like(like)
     for first, own in rotated.slices():
         squares[first] = own.square_().sum(dim=0)
     return squares

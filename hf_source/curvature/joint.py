@@ -42,7 +42,7 @@ from scipy.linalg.lapack import dpstrf
 from ..gradients.contraction import add_combined, add_factor_dots, add_factor_sums
 from ..gradients.rows import as_rows
 from ..gradients.rules import Call, Rule
-from .block import Block, fit_block_in_parts, fit_whitened
+from .block import Block, fit_block_in_parts, fit_whitened, negligible
 from .columns import Columns, column_bytes
 from .eigen import eigh
 from .factored import fit_factored, is_cheaper, outer_products
@@ -63,6 +63,11 @@ _MERGE_RATES = 1e-3
 
 # Modes of K below this share of the largest carry no more than rounding.
 _RANK_TOLERANCE = 1e-12
+
+
+_SPREAD = 8
+"""An eigenvalue of a side is the sum of the block's entries along the other side. For vectors in a narrow type, those
+directions are told apart whose entries would not be negligible if the sum were spread over so many."""
 
 
 class SampleSpace:
@@ -211,9 +216,10 @@ class JointCurvature:
         self, name: str, q: torch.Tensor, samples: "Whitened", flow: Flow, sample: FisherSample, carry: bool
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """`q` after the split-off factors, for scoring and, if wanted, for carrying on; `q` itself is changed."""
-        like = sample.gradients.parameters[name]
-        decay, length = flow.decay[name].to(like), flow.length
-        block = samples.fit(name in sample.gradients.vocabulary) if self.tail else None
+        decay, length = flow.decay[name].to(sample.gradients.parameters[name]), flow.length
+        narrow = q.dtype.itemsize < sample.gradients.parameters[name].element_size()
+        least = _SPREAD * negligible(q.dtype) / length if narrow else 0.0
+        block = samples.fit(name in sample.gradients.vocabulary, least) if self.tail else None
         functions, result = ([decayed] if carry else []) + [_mean_over_time], [q.clone()] if carry else []
         result.append(q)
         if decay.dim():  # elementwise decay has no common rate with anything: split it off
@@ -221,14 +227,15 @@ class JointCurvature:
                 vectors.mul_(function(decay, length))
         if block is not None:
             of_modes = [partial(function, length=length) for function in functions]
+            together = [[function] for function in of_modes] if decay.dim() else [of_modes]
+            moving = [block.moving(some, q.dtype) for some in together]
+            del block
             at_once = _vectors_at_once(q, self._piece_bytes)
             parts = [vectors.split(at_once) for vectors in result]
             for own in zip(*parts, strict=True):
-                if decay.dim():
-                    pairs = zip(own, of_modes, strict=True)
-                    found = [block.apply(part.to(like), function) for part, function in pairs]
-                else:  # the same vectors for both
-                    found = block.apply_all(own[-1].to(like), of_modes)
+                # Without elementwise decay the same vectors for both.
+                pairs = zip(own[-len(moving) :], moving, strict=True)
+                found = [after for part, each in pairs for after in each.apply(part)]
                 for part, after in zip(own, found, strict=True):
                     part.copy_(after)
         return result[-1], result[:-1]
@@ -249,9 +256,10 @@ class JointCurvature:
             add_gram(outer, grams[rate])
             return
         for part, own in samples.slices():
+            add_gram([as_rows(own)], grams[rate])
+            own = _narrower(own, both[0])
             vectors = torch.cat([each[:, part] if each.dim() > 1 else each for each in both]).to(own)
             projections[rate] += as_rows(own) @ as_rows(preconditioner.root_of(vectors, part)).T
-            add_gram([as_rows(own)], grams[rate])
 
     def _finish(
         self,
@@ -322,10 +330,10 @@ class Whitened:
         if not self.from_factors and size <= max_bytes:
             self.held = preconditioner.root(columns.whole())
 
-    def fit(self, diagonal_left: bool) -> Block:
-        """The tail's block."""
+    def fit(self, diagonal_left: bool, least: float = 0.0) -> Block:
+        """The tail's block; `least` as `fit_factored` has it."""
         if self.from_factors:
-            return fit_factored(self.columns, self.preconditioner, diagonal_left)
+            return fit_factored(self.columns, self.preconditioner, diagonal_left, least)
         shape = self.columns.shape
         if self.held is not None:
             return fit_whitened(lambda: [self.held], shape, self.preconditioner, diagonal_left)
@@ -377,10 +385,16 @@ def _add_columns(columns: Columns, targets: Sequence[tuple[torch.Tensor, torch.T
         for coefficients, vectors in targets:
             add_factor_sums(*(factor[:, None] for factor in outer), coefficients.T.to(vectors), vectors)
         return
-    for part, own in columns.slices():
+    narrow = targets and targets[0][1].dtype.itemsize < columns.like.element_size()
+    for part, own in columns.slices(dtype=targets[0][1].dtype if narrow else None):
         for coefficients, vectors in targets:
             target = vectors[:, part] if vectors.dim() > 1 else vectors
             target += combine(own, coefficients)
+
+
+def _narrower(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """The tensor in the other's type, if that is narrower."""
+    return tensor.to(other.dtype) if other.dtype.itemsize < tensor.element_size() else tensor
 
 
 def _add_by_pass(sample: FisherSample, targets: Mapping[str, Sequence[tuple[torch.Tensor, torch.Tensor]]]) -> None:

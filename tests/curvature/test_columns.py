@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from hf_source.curvature import FisherSample, JointCurvature, factored
+from hf_source.curvature import block as block_module
 from hf_source.curvature import columns as columns_module
-from hf_source.curvature.block import fit_block
+from hf_source.curvature.block import fit_block, leading_eigenvectors
 from hf_source.gradients import CausalLMTask, RowGradients
 from hf_source.gradients.contraction import add_combined, add_dots, pieces
 
@@ -174,3 +175,20 @@ def test_products_and_sums_of_calls_are_those_of_gradients(kind, count, lengths,
         parts = [part for rule, call in gradients.calls(name, done)[:1] for _, part in pieces(rule, call, len(block))]
         if block.dim() > 2:
             assert len(parts) > 1  # the pieces are small enough to be several
+
+
+@pytest.mark.parametrize("number", [0, 5, 40, 90, 300])
+def test_leading_eigenvectors_of_a_large_side(number, monkeypatch):
+    """So many eigenvalues lie above the threshold: none, fewer than are looked for, more, and too many for it."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn((512, 512), generator=generator, dtype=torch.float64)).Q
+    values = torch.full((512,), 1e-4, dtype=torch.float64)
+    values[:number] = torch.linspace(10, 1, number, dtype=torch.float64)
+    moment = (basis * values @ basis.T).float()
+    calls, full = [], block_module.eigenvectors
+    monkeypatch.setattr(block_module, "eigenvectors", lambda moment: calls.append(1) or full(moment))
+    found = leading_eigenvectors(moment, 0.1).double()
+    assert found.shape == (512, number) and len(calls) == (number > 60)
+    torch.testing.assert_close(found.T @ found, torch.eye(number, dtype=torch.float64), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found @ found.T, basis[:, :number] @ basis[:, :number].T, rtol=0, atol=1e-4)
+    assert leading_eigenvectors(moment, 1e9).shape == (512, 0)
