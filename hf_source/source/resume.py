@@ -13,7 +13,8 @@
 # limitations under the License.
 """Where a walk goes on that was cut off: the segments that are done, and the vectors before the next one."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,3 +89,44 @@ class Resume:
 def work_key(position: int, segment: SegmentRecord) -> str:
     """What the finished work of a segment is kept under."""
     return f"{position}-{segment.index}"
+
+
+class StepsDone:
+    """How far the steps of a stage were followed backwards.
+
+    Args:
+        work: where it is kept; written every `flush_seconds`.
+        position: of the stage.
+        device: where vectors go.
+    """
+
+    def __init__(self, work: Work, position: int, device: torch.device) -> None:
+        self.work, self.key, self.device = work, f"{position}.steps", device
+        self._written = time.monotonic()
+
+    def __bool__(self) -> bool:
+        """Whether any are."""
+        return self.work.has(self.key)
+
+    def load(self) -> tuple[int, Vectors, dict[str, Vectors], np.ndarray]:
+        """The step that was done last, the adjoints of weights and state before it, and the scores."""
+        found = self.work.load(self.key, self.device)
+        step, scores = int(found.pop("step")), found.pop("scores").cpu().numpy()
+        adjoint, moments = {}, {}
+        for name, tensor in found.items():
+            key, _, parameter = name.partition("/")
+            (moments.setdefault(parameter, {}) if key else adjoint)[key or parameter] = tensor
+        return step, adjoint, moments, scores
+
+    def save(self, step: int, adjoint: Vectors, moments: Mapping[str, Vectors], scores: np.ndarray) -> None:
+        """A step is done; written if the last time is long ago."""
+        if self.work.folder is None or time.monotonic() - self._written < self.work.flush_seconds:
+            return
+        held = {f"/{name}": vectors for name, vectors in adjoint.items()}
+        held |= {f"{key}/{name}": vectors for name, own in moments.items() for key, vectors in own.items()}
+        self.work.save(self.key, held | {"step": torch.tensor(step), "scores": torch.from_numpy(scores)})
+        self._written = time.monotonic()
+
+    def drop(self) -> None:
+        """The stage is done."""
+        self.work.drop(self.key)

@@ -43,6 +43,7 @@ from ..recording.optimizers import OptimizerDescription, build_optimizer
 from ..recording.reading.assumed import require_recorded_visits
 from ..recording.warm import load_optimizer_state
 from .products import ExactProducts, Objective, Products
+from .resume import StepsDone
 from .stages import Vectors, WalkSettings, open_stage
 from .updates import Snapshot, State, Update
 from .walk import enter_epochs, score_rows
@@ -85,13 +86,24 @@ def unroll(
         refuse_inexact(stage)
 
     vectors: Vectors | None = None
+    work = settings.work
     for position in range(len(stages) - 1, -1, -1):
-        stage = stages[position]
-        opened = open_stage(stages, position, rows, query_gradients, settings, unfused(models), vectors)
-        gradients, names, vectors = opened
+        stage, known = stages[position], work.load(f"{position}.done")
+        if known is not None:
+            vectors = work.load(f"{position}.carried", settings.device)
+            yield stage, known["scores"].numpy()
+            continue
+        done = StepsDone(work, position, settings.device)
+        ask = (lambda gradients: {}) if done else query_gradients
+        gradients, names, vectors = open_stage(stages, position, rows, ask, settings, unfused(models), vectors)
         run = RecordedRun(stage, rows[stage.name], gradients, settings, products or ExactProducts())
-        scores, vectors = run.backward(vectors)
+        scores, vectors = run.backward(vectors, done)
         vectors = {names[name]: vector for name, vector in vectors.items()}
+        if position:
+            work.save(f"{position}.carried", vectors)
+        work.save(f"{position}.done", {"scores": torch.from_numpy(scores)})
+        work.drop(f"{position + 1}.carried")
+        done.drop()
         del gradients, run
         yield stage, scores
 
@@ -196,21 +208,30 @@ class RecordedRun:
         size = sum(p.numel() * p.element_size() for p in self.trained.values())
         self.stride = state_stride(len(self.steps), size)
 
-    def backward(self, vectors: Vectors) -> tuple[np.ndarray, Vectors]:
-        """Scores of the stage's rows, `[queries, rows]`, and the query vectors at its initial weights."""
-        scores = np.zeros((len(next(iter(vectors.values()))), self.stage.num_rows))
-        # Copies, as they are changed in place.
-        adjoint, moments = {name: vector.clone() for name, vector in vectors.items()}, {}
+    def backward(self, vectors: Vectors, done: StepsDone) -> tuple[np.ndarray, Vectors]:
+        """Scores of the stage's rows, `[queries, rows]`, and the query vectors at its initial weights.
+
+        Args:
+            vectors: query vectors at the stage's end; not needed where some steps are done.
+            done: keeps how far it is.
+        """
+        if done:
+            last, adjoint, moments, scores = done.load()
+        else:
+            scores = np.zeros((len(next(iter(vectors.values()))), self.stage.num_rows))
+            # Copies, as they are changed in place.
+            adjoint, moments = {name: vector.clone() for name, vector in vectors.items()}, {}
+            last = len(self.steps)
         checkpoints = self.replay()
         title = f"unrolling {self.stage.name}"
-        last = len(self.steps) - 1
         trajectory: dict[int, Snapshot] = {}
-        for step in self.settings.progress(range(last, -1, -1), title):
+        for step in self.settings.progress(range(last - 1, -1, -1), title):
             if step not in trajectory:
                 start = step // self.stride * self.stride
                 trajectory = self._replay(checkpoints.pop(start), start, step)
             if not self.steps.skipped[step]:
                 self.step_back(step, trajectory.pop(step), adjoint, moments, scores)
+                done.save(step, adjoint, moments, scores)
         return scores.astype(np.float32), adjoint
 
     # ---- forwards ----

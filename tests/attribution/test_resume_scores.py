@@ -28,6 +28,7 @@ import torch
 from hf_source import Queries, SourceAttributor
 from hf_source import budget as budget_module
 from hf_source.errors import ConfigError
+from hf_source.source.unrolled import RecordedRun
 from hf_source.source.work import Work
 
 
@@ -130,6 +131,8 @@ AGAIN = {  # what scores or projects rows, and how often it is still called: for
     "trak": ("hf_source.gradients.projection.DenseProjection.project", QUERIES),
     "logra": ("hf_source.gradients.projection.SidedProjection.project", QUERIES),
     "trackstar": ("hf_source.gradients.projection.SidedProjection.project", QUERIES),
+    "stepwise": ("hf_source.source.unrolled.RecordedRun.step_back", 0),
+    "unrolled": ("hf_source.source.unrolled.RecordedRun.step_back", 0),
 }
 
 
@@ -146,6 +149,31 @@ def test_other_methods_are_kept_too(story, tmp_path, method, monkeypatch):
         np.testing.assert_array_equal(attributor.scores(None, ask(), "pretrain"), expected)
         made.append(calls[0])
     assert made[0] > made[1] == again
+
+
+@pytest.mark.parametrize("method", ["stepwise", "unrolled"])
+@pytest.mark.parametrize("after", [0.3, 0.8], ids=["in the last stage", "in the first stage"])
+def test_steps_that_were_followed_are_not_followed_again(story, tmp_path, method, after, monkeypatch):
+    settings = {**SETTINGS, "method": method}
+    calls = counting(monkeypatch, RecordedRun, "step_back")
+    expected = SourceAttributor.from_record(story.path, **settings).scores(None, ask(), "pretrain")
+    steps, calls[0] = calls[0], 0
+    monkeypatch.setattr(Work.__init__, "__defaults__", (None, 0.0))  # every step is written
+    original = RecordedRun.step_back
+
+    def dying(self, *args):
+        if calls[0] >= int(after * steps):
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordedRun, "step_back", dying)
+        with pytest.raises(KeyboardInterrupt):
+            SourceAttributor.from_record(story.path, cache_dir=tmp_path, **settings).scores(None, ask(), "pretrain")
+    attributor = SourceAttributor.from_record(story.path, cache_dir=tmp_path, **settings)
+    np.testing.assert_array_equal(attributor.scores(None, ask(), "pretrain"), expected)
+    assert calls[0] == steps
+    assert {file.name for file in tmp_path.rglob("*.safetensors")} == {"0.done.safetensors", "1.done.safetensors"}
 
 
 def test_a_damaged_file_is_named(tmp_path):

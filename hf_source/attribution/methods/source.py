@@ -123,7 +123,7 @@ def _unroll(attributor: "SourceAttributor", queries: Queries, products: Products
         attributor.record.stages,
         attributor.all_rows(),
         lambda gradients: attributor.query_gradients(gradients, queries),
-        attributor.walk_settings(),
+        replace(attributor.walk_settings(), work=attributor.work(queries)),
         attributor.build_model,
         products,
     )
