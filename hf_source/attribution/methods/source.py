@@ -105,7 +105,7 @@ def _walk(attributor: "SourceAttributor", queries: Queries, checkpoints: bool) -
 
 
 def unrolled(attributor: "SourceAttributor", queries: Queries) -> Scores:
-    """Exact derivative of the recorded training (see `source/unrolled.py`); nats. For few queries on short runs."""
+    """Exact derivative of the recorded training (see `source/unrolled.py`); nats. For some dozen queries."""
     return _unroll(attributor, queries, ExactProducts())
 
 
