@@ -22,10 +22,11 @@ import torch
 from ...errors import ConfigError, UnsupportedError
 from ...gradients import DiffusionTask, RowGradients
 from ...gradients.rows import as_rows
+from ...recording import SegmentRecord, StageRecord
 from ..asking import query_batches
 from ..queries import Queries
 from .base import Scores, Vectors
-from .tracin import own_model
+from .tracin import along_segments
 
 
 if TYPE_CHECKING:
@@ -66,29 +67,24 @@ def diffusion_retrac(attributor: "SourceAttributor", queries: Queries) -> Scores
 
 
 def _scores(attributor: "SourceAttributor", queries: Queries, normalise: bool) -> Scores:
-    for stage in reversed(attributor.record.stages):
-        rows, gradients = own_model(attributor, stage)
-        task = gradients.task
-        if not isinstance(task, DiffusionTask):
+    def refuse(stage: StageRecord, gradients: RowGradients) -> None:
+        if not isinstance(gradients.task, DiffusionTask):
             raise UnsupportedError(
                 f"method={attributor.method!r} reads recorded timesteps, and stage {stage.name!r} trained no "
                 "diffusion model: use method='tracin'."
             )
-        scores = np.zeros((len(queries), stage.num_rows), dtype=np.float32)
-        for segment in stage.segments:
-            stage.load_weights(gradients.model, segment.index)
-            vectors = _query_vectors(attributor, gradients, queries, normalise)
-            weights = segment.row_weights()[rows.example]
-            epochs = np.unique(stage.steps().epoch[segment.first_step : segment.end_step].astype(int))
-            places = np.linspace(0, len(epochs) - 1, min(attributor.options.draws, len(epochs)) + 2)[1:-1]
-            batches = attributor.share(rows.batches(np.flatnonzero(weights)))
-            for pieces in attributor.progress(batches, f"scoring {stage.name}, segment {segment.index + 1}"):
-                batch = rows.collated(pieces, attributor.device)
-                for epoch in epochs[places.round().astype(int)]:
-                    task.at_epochs((int(epoch),))
-                    dots = _products(gradients, batch, vectors, normalise)
-                    np.add.at(scores, (slice(None), rows.row[pieces]), dots * weights[pieces] / len(places))
-        yield stage, scores
+
+    def products(gradients: RowGradients, segment: SegmentRecord, vectors: Vectors, batch: dict) -> np.ndarray:
+        epochs = np.unique(segment.stage.steps().epoch[segment.first_step : segment.end_step].astype(int))
+        places = np.linspace(0, len(epochs) - 1, min(attributor.options.draws, len(epochs)) + 2)[1:-1]
+        total = 0.0
+        for epoch in epochs[places.round().astype(int)]:
+            gradients.task.at_epochs((int(epoch),))
+            total = total + _products(gradients, batch, vectors, normalise) / len(places)
+        return total
+
+    vectors = lambda gradients: _query_vectors(attributor, gradients, queries, normalise)  # noqa: E731
+    return along_segments(attributor, queries, vectors, products, refuse)
 
 
 def _query_vectors(

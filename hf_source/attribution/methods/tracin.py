@@ -13,13 +13,14 @@
 # limitations under the License.
 """`tracin`: products of gradients along the run."""
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...gradients import RowGradients
-from ...recording import StageRecord
+from ...recording import SegmentRecord, StageRecord
 from ...source import score_rows
 from ..queries import Queries
 from .base import Scores, Vectors
@@ -36,34 +37,55 @@ def tracin(attributor: "SourceAttributor", queries: Queries) -> Scores:
     `sum over segments of w_m <grad f_q(theta_l), grad l_m(theta_l)>`, `w_m` the summed learning rate of the row's real
     visits. No preconditioner, as in the paper, so the unit is nats for SGD only.
     """
+    return along_segments(
+        attributor,
+        queries,
+        lambda gradients: attributor.query_gradients(gradients, queries),
+        lambda gradients, segment, vectors, batch: score_rows(gradients, batch, vectors).numpy(),
+    )
+
+
+def along_segments(
+    attributor: "SourceAttributor",
+    queries: Queries,
+    query_vectors: Callable[[RowGradients], Vectors],
+    products: Callable[[RowGradients, SegmentRecord, Vectors, dict], np.ndarray],
+    refuse: Callable[[StageRecord, RowGradients], None] = lambda stage, gradients: None,
+) -> Scores:
+    """Sums over the recorded segments of products at their weights, times the learning rates of a row's visits.
+
+    Args:
+        attributor, queries: who asks, and what.
+        query_vectors: what rows are compared with, at the weights that the model has.
+        products: `[queries, rows]` of a batch's rows with them.
+        refuse: raises where a stage cannot be scored.
+    """
     work = attributor.work(queries)
     for stage in reversed(attributor.record.stages):
         rows, gradients = own_model(attributor, stage)
+        refuse(stage, gradients)
         scores = np.zeros((len(queries), stage.num_rows), dtype=np.float32)
         for segment in stage.segments:
+            # Weights are loaded, and queries asked, once there is a batch that is not done.
+            vectors = cache(partial(_entered, stage, segment, gradients, query_vectors))
+            compute = partial(_of_pieces, attributor, rows, gradients, segment, vectors, products)
             weights = segment.row_weights()[rows.example]
-            batches, dots = attributor.share(rows.batches(np.flatnonzero(weights))), _Dots(attributor, queries, stage)
-            compute = partial(dots, segment.index, rows, gradients)
-            title = f"scoring {stage.name}, segment {segment.index + 1}"
-            key = f"{stage.index}-{segment.index}"
+            batches = attributor.share(rows.batches(np.flatnonzero(weights)))
+            key, title = f"{stage.index}-{segment.index}", f"scoring {stage.name}, segment {segment.index + 1}"
             for pieces, found in work.scored(key, batches, compute, attributor.progress, title):
                 np.add.at(scores, (slice(None), rows.row[pieces]), found * weights[pieces])
         yield stage, scores
 
 
-class _Dots:
-    """Products of row and query gradients at a segment's weights, which are loaded when the first are asked for."""
+def _entered(stage, segment, gradients, query_vectors) -> Vectors:
+    """The queries' vectors at a segment's weights, which the model has from then on."""
+    stage.load_weights(gradients.model, segment.index)
+    return query_vectors(gradients)
 
-    def __init__(self, attributor: "SourceAttributor", queries: Queries, stage: StageRecord) -> None:
-        self.attributor, self.queries, self.stage = attributor, queries, stage
-        self.vectors: Vectors | None = None
 
-    def __call__(self, segment: int, rows: "StageRows", gradients: RowGradients, pieces: np.ndarray) -> np.ndarray:
-        """Of some pieces, `[queries, pieces]`."""
-        if self.vectors is None:
-            self.stage.load_weights(gradients.model, segment)
-            self.vectors = self.attributor.query_gradients(gradients, self.queries)
-        return score_rows(gradients, rows.collated(pieces, self.attributor.device), self.vectors).numpy()
+def _of_pieces(attributor, rows, gradients, segment, vectors, products, pieces) -> np.ndarray:
+    held = vectors()
+    return products(gradients, segment, held, rows.collated(pieces, attributor.device))
 
 
 def own_model(attributor: "SourceAttributor", stage: StageRecord) -> tuple["StageRows", RowGradients]:
