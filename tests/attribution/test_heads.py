@@ -105,6 +105,26 @@ def test_measurements_agree_with_leaving_rows_out(tmp_path, name, measurement):
     assert not np.allclose(scores, attributor(record, name).scores(None, queries), rtol=0.05)
 
 
+@pytest.mark.parametrize(
+    "name, settings, few",
+    [
+        ("own-classes", {}, True),
+        ("own-classes", {"curvature": "ekfac"}, True),
+        ("own-classes", {"num_samples": 6}, False),
+        ("own-classes", {"curvature": "identity"}, False),
+        ("own-classes", {"method": "tracin"}, False),
+        ("own-regression", {}, False),
+        ("masked", {}, False),
+    ],
+)
+def test_plan_tells_a_classifier_of_which_few_rows_are_in_the_sample(tmp_path, name, settings, few):
+    record = train_head(tmp_path, name, max_steps=4)
+    own = SourceAttributor(record, **{"model": maker(name), "num_samples": 4, "progress": False, **settings})
+    plan = own.plan(None, Queries.from_rows(HEADS[name].rows().select(range(2))))
+    assert plan.few_samples == (("train",) if few else ())
+    assert ("samples: 'train' classifies rows" in str(plan)) == few
+
+
 def test_retraining_without_removals_reproduces_the_run(tmp_path):
     record = train_head(tmp_path, "multi")
     stage = record.stages[0]
