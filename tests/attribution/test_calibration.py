@@ -36,6 +36,7 @@ class Rows:
 
 
 def bytes_per_token(model, names, length=5, count=4):
+    """Of a batch, and of what the sample's columns hold of it."""
     gradients = RowGradients(model, CausalLMTask(), names)
     return calibration._bytes_per_token(gradients, Rows(length), list(range(count)), torch.device("cpu"))
 
@@ -43,19 +44,33 @@ def bytes_per_token(model, names, length=5, count=4):
 def test_what_a_batch_holds_is_counted_once_and_in_proportion():
     model = oracles.SMALL_MODELS["gpt2"]()
     names = oracles.all_names(model)
-    whole = bytes_per_token(model, names)
+    whole, columns = bytes_per_token(model, names)
     inputs = {
         id(module): module.weight.shape[0] for module in model.modules() if type(module).__name__ == "Conv1D"
     }  # what goes into every layer is kept
     assert 8 * sum(inputs.values()) < whole < 50 * 8 * sum(inputs.values())
-    assert bytes_per_token(model, names, count=2) == pytest.approx(whole, rel=0.2)
+    again, of_columns = bytes_per_token(model, names, count=2)
+    assert again == pytest.approx(whole, rel=0.2) and of_columns == pytest.approx(columns, rel=0.2)
 
 
 def test_layers_that_are_not_trained_hold_less():
     model = oracles.SMALL_MODELS["llama"]()
     names = oracles.all_names(model)
     last = [name for name in names if "layers.1" in name or "norm" in name][-1:]
-    assert bytes_per_token(model, last) < 0.8 * bytes_per_token(model, names)
+    assert bytes_per_token(model, last)[0] < 0.8 * bytes_per_token(model, names)[0]
+
+
+def test_columns_hold_what_goes_into_a_layer_and_its_gradient_once(monkeypatch):
+    """Of two layers with one input, that is one input and two gradients, if factors take less than gradients."""
+    model = oracles.SMALL_MODELS["llama"]()
+    names = [name for name in oracles.all_names(model) if name.endswith("layers.0.mlp.gate_proj.weight")]
+    both = [*names, *(name.replace("gate_proj", "up_proj") for name in names)]
+    wide, narrow = model.get_submodule(names[0].removesuffix(".weight")).weight.shape
+    monkeypatch.setattr(calibration, "holds_factored", lambda *call: True)
+    assert bytes_per_token(model, names)[1] == 8 * (narrow + wide)
+    assert bytes_per_token(model, both)[1] == 8 * (narrow + 2 * wide)
+    monkeypatch.setattr(calibration, "holds_factored", lambda *call: False)
+    assert bytes_per_token(model, both)[1] == 0
 
 
 def test_operations_of_the_gram_matrix_are_those_that_are_done():
