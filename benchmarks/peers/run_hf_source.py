@@ -43,7 +43,6 @@ METHODS = {
     "fast-source, n=128, bfloat16": {"method": "fast-source", "num_samples": 128, "vector_dtype": "bfloat16"},
     "stepwise, 4 draws": {"method": "stepwise", "draws": 4},
     "stepwise, 16 draws": {"method": "stepwise", "draws": 16},
-    "unrolled": {"method": "unrolled"},
 }
 
 
