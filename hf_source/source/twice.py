@@ -111,32 +111,38 @@ class _AffineFirst(Function):
 
 
 class _OfMany(Function):
-    """A function of tensors of which some come in many copies, written for the copies: `many` has them first."""
+    """A function of tensors of which the first `copied` come in many copies, written for the copies as `many`."""
+
+    copied = 1
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Never differentiated."""
 
     @classmethod
-    def of_one(cls, copied, *rest):
+    def forward(cls, *args):
         """`many` for a single copy."""
-        found = cls.many(*(None if part is None else part[None] for part in copied), *rest)
+        found = cls.many(*(None if part is None else part[None] for part in args[: cls.copied]), *args[cls.copied :])
         return tuple(None if part is None else part[0] for part in found)
 
     @classmethod
-    def of_all(cls, info, copied, in_dims, *rest):
+    def vmap(cls, info, in_dims, *args):
         """`many`, with copies where they are missing."""
-        parts = []
-        for part, dim in zip(copied, in_dims, strict=True):
+        parts = list(args)
+        for number, (part, dim) in enumerate(zip(args[: cls.copied], in_dims[: cls.copied], strict=True)):
             if part is not None:
-                part = part.expand(info.batch_size, *part.shape) if dim is None else part.movedim(dim, 0)
-            parts.append(part)
-        found = cls.many(*parts, *rest)
+                parts[number] = part.expand(info.batch_size, *part.shape) if dim is None else part.movedim(dim, 0)
+        found = cls.many(*parts)
         return found, tuple(None if part is None else 0 for part in found)
 
 
 class _OneByOne(_OfMany):
     """A function of which `one` does a copy at a time, so that what it works on stays in a processor's cache."""
+
+    @classmethod
+    def forward(cls, *args):
+        """The only copy."""
+        return cls.one(*args)
 
     @classmethod
     def many(cls, *args):
@@ -158,14 +164,6 @@ class _AffineOfMany(_OfMany):
     """The gradients of an affine map for many `g [copies, n, out]`."""
 
     @staticmethod
-    def forward(g, x, weight, want_x, want_weight):
-        return _AffineOfMany.of_one([g], x, weight, want_x, want_weight)
-
-    @staticmethod
-    def vmap(info, in_dims, g, x, weight, want_x, want_weight):
-        return _AffineOfMany.of_all(info, [g], in_dims[:1], x, weight, want_x, want_weight)
-
-    @staticmethod
     def many(g, x, weight, want_x, want_weight):
         """Gradients of `x`, weight and bias."""
         dx = dweight = None
@@ -181,13 +179,7 @@ class _AffineOfMany(_OfMany):
 class _AffineSecond(_OfMany):
     """The second pass of an affine map for many directions `k [copies, n, in]`, `C [copies, in, out]`, `c`."""
 
-    @staticmethod
-    def forward(k, big, small, g, x, weight):
-        return _AffineSecond.of_one([k, big, small], g, x, weight)
-
-    @staticmethod
-    def vmap(info, in_dims, k, big, small, g, x, weight):
-        return _AffineSecond.of_all(info, [k, big, small], in_dims[:3], g, x, weight)
+    copied = 3
 
     @staticmethod
     def many(k, big, small, g, x, weight):
@@ -256,14 +248,6 @@ class _MatmulOfMany(_OfMany):
     """`g B^T` and `A^T g` for many `g [copies, batch, n, k]`."""
 
     @staticmethod
-    def forward(g, a, b):
-        return _MatmulOfMany.of_one([g], a, b)
-
-    @staticmethod
-    def vmap(info, in_dims, g, a, b):
-        return _MatmulOfMany.of_all(info, [g], in_dims[:1], a, b)
-
-    @staticmethod
     def many(g, a, b):
         """Gradients of `A` and `B`."""
         da, db = g.new_empty((len(g), *a.shape)), g.new_empty((len(g), *b.shape))
@@ -276,13 +260,7 @@ class _MatmulOfMany(_OfMany):
 class _MatmulSecond(_OfMany):
     """The second pass for many directions of the gradients of `A` and `B`."""
 
-    @staticmethod
-    def forward(along_a, along_b, g, a, b):
-        return _MatmulSecond.of_one([along_a, along_b], g, a, b)
-
-    @staticmethod
-    def vmap(info, in_dims, along_a, along_b, g, a, b):
-        return _MatmulSecond.of_all(info, [along_a, along_b], in_dims[:2], g, a, b)
+    copied = 2
 
     @staticmethod
     def many(along_a, along_b, g, a, b):
@@ -409,16 +387,6 @@ class _LayerNormFirst(Function):
 class _LayerNormOfMany(_OneByOne):
     """The gradients of a layer norm for many `g [copies, n, features]`."""
 
-    copied = 1
-
-    @staticmethod
-    def forward(g, weight, normal, rate):
-        return _LayerNormOfMany.one(g, weight, normal, rate)
-
-    @staticmethod
-    def vmap(info, in_dims, g, *rest):
-        return _LayerNormOfMany.of_all(info, [g], in_dims[:1], *rest)
-
     @staticmethod
     def one(g, weight, normal, rate):
         """Gradients of `x`, weight and bias."""
@@ -429,14 +397,6 @@ class _LayerNormSecond(_OneByOne):
     """The second pass of a layer norm for many directions."""
 
     copied = 3
-
-    @staticmethod
-    def forward(*args):
-        return _LayerNormSecond.one(*args)
-
-    @staticmethod
-    def vmap(info, in_dims, k, big, small, *rest):
-        return _LayerNormSecond.of_all(info, [k, big, small], in_dims[:3], *rest)
 
     @staticmethod
     def one(k, big, small, g, weight, normal, rate, scaled, tangent):
@@ -509,16 +469,6 @@ class _SoftmaxFirst(Function):
 class _SoftmaxOfMany(_OneByOne):
     """The gradient of a softmax for many `g`."""
 
-    copied = 1
-
-    @staticmethod
-    def forward(*args):
-        return _SoftmaxOfMany.one(*args)
-
-    @staticmethod
-    def vmap(info, in_dims, g, y):
-        return _SoftmaxOfMany.of_all(info, [g], in_dims[:1], y)
-
     @staticmethod
     def one(g, y):
         """`y (g - <g, y>)`."""
@@ -527,16 +477,6 @@ class _SoftmaxOfMany(_OneByOne):
 
 class _SoftmaxSecond(_OneByOne):
     """The second pass of a softmax for many directions."""
-
-    copied = 1
-
-    @staticmethod
-    def forward(*args):
-        return _SoftmaxSecond.one(*args)
-
-    @staticmethod
-    def vmap(info, in_dims, k, *rest):
-        return _SoftmaxSecond.of_all(info, [k], in_dims[:1], *rest)
 
     @staticmethod
     def one(k, g, y, centred):
@@ -589,16 +529,6 @@ class _CrossEntropyFirst(Function):
 
 class _CrossEntropySecond(_OneByOne):
     """The second pass of a cross-entropy for many directions."""
-
-    copied = 1
-
-    @staticmethod
-    def forward(*args):
-        return _CrossEntropySecond.one(*args)
-
-    @staticmethod
-    def vmap(info, in_dims, k, *rest):
-        return _CrossEntropySecond.of_all(info, [k], in_dims[:1], *rest)
 
     @staticmethod
     def one(k, g, probability, difference):
