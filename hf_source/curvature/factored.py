@@ -116,9 +116,11 @@ def squares_in_bases(columns: Columns, left: torch.Tensor | None, right: torch.T
         left: `L`, or `None` for the identity.
         right: `R`, or `None`.
     """
-    parts = [_rotated(part, left, right) for part in columns.parts]
-    m, k = (len(columns.like), columns.shape[1])
+    m, k = columns.shape
     like = columns.like.new_empty((m if left is None else left.shape[1], k if right is None else right.shape[1]))
+    if not like.numel():  # no direction of a side is told from others
+        return like
+    parts = [_rotated(part, left, right) for part in columns.parts]
     rotated = Columns(columns.size, like, columns.scale, columns.piece_bytes, parts=parts)
     if (pair := outer_products(rotated)) is not None:
         return pair[0].square_().T @ pair[1].square_()

@@ -249,7 +249,7 @@ class JointCurvature:
             grams[rate] = torch.zeros((size, size), **like)
             projections[rate] = torch.zeros((size, sum(map(len, both))), **like)
         if (outer := samples.outer_products()) is not None:
-            dots = both[0].new_zeros((sum(map(len, both)), samples.columns.size))
+            dots = outer[0].new_zeros((sum(map(len, both)), samples.columns.size))
             for vectors, own in zip(both, dots.split([len(each) for each in both]), strict=True):
                 add_factor_dots(*(factor[:, None] for factor in outer), vectors, own)
             projections[rate] += preconditioner.root(dots).T
