@@ -416,7 +416,9 @@ def sample_groups(memory_budget: int, names: Iterable[str], sample: FisherSample
     """Parameters in groups whose columns of `S`, held as what takes less, fit the memory budget."""
     gradients = sample.gradients
     sizes = {
-        name: column_bytes(gradients.parameters[name], sample.size, sample.tokens_of(name), gradients.rules(name))
+        name: column_bytes(
+            gradients.parameters[name], sample.size, sample.tokens_of(name), gradients.rules(name), sample.dtype
+        )
         for name in names
     }
     return grouped(memory_budget, sizes)
