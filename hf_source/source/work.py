@@ -112,7 +112,8 @@ class Work:
             return None
         try:
             # Copies, for memory that is aligned otherwise may make products round in another way.
-            return {key: tensor.clone() for key, tensor in load_file(self._file(name), device=str(device)).items()}
+            # By way of the CPU: safetensors does not know the names that several processes give to theirs.
+            return {key: tensor.to(device, copy=True) for key, tensor in load_file(self._file(name)).items()}
         except Exception as error:
             raise DataError(
                 f"{self._file(name)} is damaged ({error}): delete {self.folder} and start again."
