@@ -13,15 +13,20 @@
 # limitations under the License.
 """How much memory an attribution may take, and what is done when it takes too much after all."""
 
+import gc
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
-from .errors import ConfigError
+from .errors import ConfigError, HFSourceError
 
+
+Items, Result = TypeVar("Items"), TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
@@ -67,28 +72,98 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
 
 
-def with_smaller_batches(compute: Callable[[list], list], items: list) -> list:
-    """`compute` of all items, or of halves of them where memory runs out.
+class NotEnoughMemoryError(HFSourceError, torch.OutOfMemoryError):
+    """An allocation failed, and smaller batches do not help; the message says what will."""
 
-    Args:
-        compute: gives a result for each item, in order.
-        items: what to compute.
 
-    Raises:
-        Exception: that of `compute`, if memory does not suffice for one item or something else is wrong.
+def why_out_of_memory(error: BaseException) -> str | None:
+    """What an error says if an allocation failed and less at once may do; `None` for any other."""
+    if isinstance(error, NotEnoughMemoryError) or not is_out_of_memory(error):
+        return None
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+class Parts:
+    """Computes batches whole, or in parts where memory runs out; later batches then come in as many parts.
+
+    Batches hold about as many tokens each, so what did not suffice for one would not for the next.
+
+    Attributes:
+        number: of parts that a batch is cut into.
     """
-    try:
-        return compute(items)
-    except Exception as error:
-        if len(items) < 2 or not is_out_of_memory(error):
-            raise
-        said = str(error).splitlines()[:1]
-    # Outside the handler, which holds on to the frames of the failed call and so to its memory.
+
+    def __init__(self) -> None:
+        self.number = 1
+
+    def __call__(self, compute: Callable[[Items], Result], items: Items) -> Iterator[tuple[Items, Result]]:
+        """`compute` of the items, or of parts of them, in order.
+
+        Args:
+            compute: of some of the items. It must leave nothing behind when it fails.
+            items: a sequence or an array.
+
+        Yields:
+            Some of the items, and what came of them.
+
+        Raises:
+            NotEnoughMemoryError: if memory does not suffice for one item.
+        """
+        start = 0
+        while start < len(items):
+            some, failed = items[start : start + -(-len(items) // self.number)], None
+            try:
+                found = compute(some)
+            except Exception as error:
+                failed = why_out_of_memory(error)
+                if failed is None:
+                    raise
+            if failed is not None:
+                # Outside the handler, which holds on to the frames of the failed call and so to its memory.
+                self.halve(len(some), failed)
+                continue
+            start += len(some)
+            yield some, found
+            del found  # not held while the next is computed
+
+    def halve(self, count: int, why: str) -> None:
+        """Twice as many parts from now on.
+
+        Args:
+            count: items of a part that did not fit.
+            why: what the failed allocation said.
+
+        Raises:
+            NotEnoughMemoryError: if it was one.
+        """
+        free_memory()
+        if count < 2:
+            raise NotEnoughMemoryError(f"Out of memory with one row at a time ({why}). {_FIXES}")
+        self.number *= 2
+        logger.warning("out of memory with %d rows at once (%s): going on with half of them", count, why)
+
+
+def free_memory() -> None:
+    """Let go what a failed call left."""
+    gc.collect(1)  # what is young, which takes no time: graphs with hooks are cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    logger.warning("out of memory with %d rows at once (%s): going on with half of them", len(items), said)
-    middle = len(items) // 2
-    return [*with_smaller_batches(compute, items[:middle]), *with_smaller_batches(compute, items[middle:])]
+
+
+_FIXES = (
+    "Lower memory_budget= (the sample and the query vectors held at once), set vector_dtype='bfloat16', or lower "
+    "max_tokens_per_batch=. What was computed is kept in cache_dir=, if there is one, and not computed again."
+)
+
+
+@contextmanager
+def naming_the_fix() -> Iterator[None]:
+    """Raise `NotEnoughMemoryError`, which says what to set, where an allocation fails that no smaller batch helps."""
+    try:
+        yield
+    except Exception as error:
+        if (why := why_out_of_memory(error)) is None:
+            raise
+        raise NotEnoughMemoryError(f"Out of memory ({why}). {_FIXES}") from error
 
 
 def clock(device: torch.device) -> float:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ..budget import Parts
 from ..gradients import RowGradients, RowLossTask
 from ..recording import StageRecord
 from ..source import self_influence
@@ -44,7 +45,8 @@ def final_losses(attributor: "SourceAttributor", stage: StageRecord, rows: "Stag
     if isinstance(rows.task, RowLossTask):
         rows.task.prepare(model, rows)
     stage.load_weights(model, "final")
-    for pieces in attributor.progress(rows.batches(rows.trained), f"losses of {stage.name}"):
-        losses = gradients.run(rows.collated(pieces, attributor.device)).losses
-        np.add.at(found, rows.row[pieces], losses.double().cpu().numpy())
+    losses_of, parts = lambda some: gradients.run(rows.collated(some, attributor.device)).losses, Parts()
+    for batch in attributor.progress(rows.batches(rows.trained), f"losses of {stage.name}"):
+        for pieces, losses in parts(losses_of, batch):
+            np.add.at(found, rows.row[pieces], losses.double().cpu().numpy())
     return found

@@ -13,13 +13,14 @@
 # limitations under the License.
 """What queries measure under a model: their gradients and their values."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from ..budget import Parts
 from ..errors import UnsupportedError
 from ..gradients import CausalLMTask, RowGradients, RowLossTask, Task, task_labels
 from .queries import Queries
@@ -30,10 +31,19 @@ if TYPE_CHECKING:
     from .attributor import SourceAttributor
 
 
-def query_batches(
-    attributor: "SourceAttributor", gradients: RowGradients, queries: Queries
-) -> Iterator[tuple[RowGradients, np.ndarray, dict[str, torch.Tensor]]]:
-    """The queries in batches, each with the engine of what they measure and their positions."""
+def ask(
+    attributor: "SourceAttributor",
+    gradients: RowGradients,
+    queries: Queries,
+    use: Callable[[RowGradients, np.ndarray, dict[str, torch.Tensor]], None],
+) -> None:
+    """Take queries in batches through the model; fewer at once where memory runs out.
+
+    Args:
+        attributor, gradients, queries: who asks, at which weights, and what.
+        use: gets the engine of what queries measure, the queries' positions and their batch. What it does for them
+            it may have to do again.
+    """
     encoded, task = attributor.encode(queries), attributor.measurement(queries)
     collator, columns = _query_collator(attributor, task, queries)
     collated = lambda chosen: collate(collator, [encoded.rows[i] for i in chosen], attributor.device, columns)  # noqa: E731
@@ -43,12 +53,18 @@ def query_batches(
         gradients = RowGradients(gradients.model, task, list(gradients.parameters))
         gradients.check(collated(range(min(2, len(queries)))))
     measure = getattr(task, "length", len)
-    lengths = np.asarray([measure(row) for row in encoded.rows])
+    lengths, parts = np.asarray([measure(row) for row in encoded.rows]), Parts()
+    for batch in _batches(attributor, lengths):
+        for _ in parts(lambda chosen: use(gradients, chosen, collated(chosen)), batch):
+            pass
+
+
+def _batches(attributor: "SourceAttributor", lengths: np.ndarray) -> Iterator[np.ndarray]:
+    """Positions of queries that go through the model together, the longest first."""
     order = np.argsort(lengths, kind="stable")[::-1]
     step = max(1, attributor.max_tokens_per_batch // int(lengths.max()))
     for start in range(0, len(order), step):
-        chosen = order[start : start + step]
-        yield gradients, chosen, collated(chosen)
+        yield order[start : start + step]
 
 
 @torch.no_grad()
@@ -58,12 +74,15 @@ def query_losses(attributor: "SourceAttributor", model: nn.Module, queries: Quer
     collator, columns = _query_collator(attributor, task, queries)
     measure = getattr(task, "length", len)
     lengths = np.asarray([measure(row) for row in encoded.rows])
-    order, found = np.argsort(lengths, kind="stable")[::-1], np.zeros(len(queries))
-    step = max(1, attributor.max_tokens_per_batch // int(lengths.max()))
-    for start in range(0, len(order), step):
-        chosen = order[start : start + step]
+    found, parts = np.zeros(len(queries)), Parts()
+
+    def losses(chosen: np.ndarray) -> torch.Tensor:
         batch = collate(collator, [encoded.rows[i] for i in chosen], attributor.device, columns)
-        found[chosen] = task.row_losses(task.forward(model, batch), task_labels(task, batch)).double().cpu().numpy()
+        return task.row_losses(task.forward(model, batch), task_labels(task, batch)).double().cpu()
+
+    for batch in _batches(attributor, lengths):
+        for chosen, own in parts(losses, batch):
+            found[chosen] = own.numpy()
     return found
 
 

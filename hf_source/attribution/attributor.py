@@ -28,7 +28,7 @@ from datasets import Dataset
 from torch import nn
 
 from .. import __version__
-from ..budget import parse_bytes
+from ..budget import naming_the_fix, parse_bytes
 from ..curvature import JointCurvature, make_curvature
 from ..errors import ConfigError, DataError, UnsupportedError
 from ..gradients import PROBES, Loss, Measurement, Task, describe_measurement
@@ -515,6 +515,7 @@ class SourceAttributor(Shared, RunReader):
                 "'lora' with `ensemble_size=`."
             )
 
+    @naming_the_fix()
     def self_influence(self, dataset: Dataset | None = None, stage: str | None = None) -> np.ndarray:
         """Influence of every row on its own loss, at the cost of a few passes (see `source/self_influence.py`).
 
@@ -546,11 +547,13 @@ class SourceAttributor(Shared, RunReader):
         found = own_influence(self, record, rows)
         return rows.as_given(found[None].astype(np.float32))[0]
 
+    @naming_the_fix()
     def row_losses(self, stage: str | None = None) -> np.ndarray:
         """Loss of every row of a stage at the stage's final weights: float64 `[rows]` by row number, nats."""
         record = self.record.stage(stage)
         return final_losses(self, record, self.rows(record))
 
+    @naming_the_fix()
     def _stage_scores(self, stage: StageRecord, queries: Queries) -> np.ndarray:
         """Scores by row number. The walk stops where it is and goes on when an earlier stage is asked for."""
         if self.ensemble is not None:
@@ -688,6 +691,7 @@ class SourceAttributor(Shared, RunReader):
 
     # ---- an index ----------------------------------------------------------------------------------------------
 
+    @naming_the_fix()
     def build_index(self, folder: str | Path, numbers: int | None = None, precision: str = "int8") -> Path:
         """Write an index to a folder, from which new queries are answered without another pass over the rows.
 
@@ -728,6 +732,7 @@ class SourceAttributor(Shared, RunReader):
 
     # ---- cost -------------------------------------------------------------------------------------------------
 
+    @naming_the_fix()
     def plan(
         self,
         dataset: Dataset | None,

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from ..budget import naming_the_fix
 from ..errors import ConfigError, UnsupportedError
 from ..outputs.columns import top_table, with_note
 from ..recording import StageRecord
@@ -140,6 +141,7 @@ class _Chosen:
         return self.rows.batches(pieces[self.chosen[self.row[pieces]]])
 
 
+@naming_the_fix()
 def _scores(
     attributor: "SourceAttributor", queries: Queries, stages: list[StageRecord], *numbers: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
@@ -42,7 +43,7 @@ from ..gradients import (
 from ..gradients.heads import LABELS
 from ..recording import StageRecord, TrainingRecord
 from ..recording.quantized import keep_differentiable
-from .asking import query_batches
+from .asking import ask
 from .queries import Queries, refuse_other_than_queries
 from .rows import StageRows
 
@@ -224,9 +225,12 @@ class RunReader:
             name: torch.empty((len(queries), *parameter.shape), dtype=dtype, device=self.device)
             for name, parameter in gradients.parameters.items()
         }
-        for engine, chosen, batch in query_batches(self, gradients, queries):
+
+        def fill(engine: RowGradients, chosen: np.ndarray, batch: dict[str, torch.Tensor]) -> None:
             for name, rows, grads in engine.blocks(engine.run(batch)):
                 result[name][torch.as_tensor(chosen[rows].copy(), device=self.device)] = grads.to(dtype)
+
+        ask(self, gradients, queries, fill)
         return result
 
     # ---- several processes -------------------------------------------------------------------------------------

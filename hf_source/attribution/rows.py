@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from ..budget import Parts
 from ..data import ROW, take_rows
 from ..errors import DataError, UnsupportedError
 from ..gradients import CausalLMTask, PairTask, RowGradients, RowLayout, RowLossTask, Task
@@ -152,10 +153,9 @@ class StageRows:
         self.stage.load_weights(gradients.model, "initial")
         if isinstance(self.task, RowLossTask):
             self.task.at_epochs((0,))
-        summed = sum(
-            float(gradients.run(self.collated(part, next(gradients.model.parameters()).device), ()).losses.sum())
-            for part in self.batches(self.pieces_of(first.rows))
-        )
+        device, parts = next(gradients.model.parameters()).device, Parts()
+        loss = lambda pieces: float(gradients.run(self.collated(pieces, device), ()).losses.sum())  # noqa: E731
+        summed = sum(part for batch in self.batches(self.pieces_of(first.rows)) for _, part in parts(loss, batch))
         found = summed / first.normalizer
         if abs(found - trained) > 1e-2 * max(abs(trained), 1e-3):
             raise UnsupportedError(

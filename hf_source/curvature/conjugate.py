@@ -21,13 +21,16 @@ preconditions well, and that the accuracy shows in attribution, is due to ASTRA 
 which sums a Neumann series over random batches instead.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 
+from ..budget import NotEnoughMemoryError, Parts, free_memory, is_out_of_memory, why_out_of_memory
 from ..errors import UnsupportedError
 from ..gradients.rows import RowGradients, as_rows
-from ..gradients.task import Batch, RowLossTask, task_labels
+from ..gradients.task import Batch, RowLossTask, batch_rows, task_labels
 
 
 Vectors = dict[str, torch.Tensor]
@@ -48,6 +51,7 @@ class GaussNewtonProducts:
         self.gradients = gradients
         self.batches = batches
         self.memory_budget = memory_budget
+        self._parts = Parts()
         self.items = sum(int(gradients.task.num_items(task_labels(gradients.task, batch)).sum()) for batch in batches)
 
     def __call__(self, vectors: Vectors) -> Vectors:
@@ -61,21 +65,16 @@ class GaussNewtonProducts:
         """
         total = {name: torch.zeros_like(vector) for name, vector in vectors.items()}
         for batch in self.batches:
-            try:
-                self._add(batch, vectors, total)
-            except RuntimeError as error:  # torch's, for an operation that has no second derivative
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                raise UnsupportedError(
-                    f"The model cannot be differentiated twice ({error}), which Gauss-Newton products need: use "
-                    "solver='direct'."
-                ) from error
+            add = partial(self._add, batch, vectors, total)
+            for _ in self._parts(add, range(len(task_labels(self.gradients.task, batch)))):
+                pass
         return {name: found / max(self.items, 1) for name, found in total.items()}
 
-    def _add(self, batch: Batch, vectors: Vectors, total: Vectors) -> None:
-        gradients, task, labels = self.gradients, self.gradients.task, task_labels(self.gradients.task, batch)
-        wanted = [gradients.parameters[name] for name in vectors]
-        with gradients._requiring_grad(wanted), torch.enable_grad():
+    def _add(self, batch: Batch, vectors: Vectors, total: Vectors, rows: range) -> None:
+        """Add what some rows of a batch give; all of it, or nothing where memory runs out."""
+        batch, gradients, task = batch_rows(batch, rows), self.gradients, self.gradients.task
+        wanted, labels = [gradients.parameters[name] for name in vectors], task_labels(task, batch)
+        with gradients._requiring_grad(wanted), torch.enable_grad(), _twice():
             outputs = task.forward(gradients.model, batch)
             # Linear in the probe: its derivative towards the probe is the Jacobian, forwards.
             probe = torch.zeros_like(outputs, requires_grad=True)
@@ -85,17 +84,47 @@ class GaussNewtonProducts:
             (slope,) = torch.autograd.grad(task.row_losses(leaf, labels).sum(), leaf, create_graph=True)
             if not used or not slope.requires_grad:  # a loss that is linear in the outputs has no curvature
                 return
-            count = len(next(iter(vectors.values())))
             step = max(1, self.memory_budget // (16 * outputs.numel() * outputs.element_size()))
-            for start in range(0, count, step):
-                some = slice(start, start + step)
-                given = [vectors[name][some] for name in used]
+
+            def moved(some: slice) -> tuple[torch.Tensor, ...]:
                 batched = {"is_grads_batched": True, "retain_graph": True}
-                (moved,) = torch.autograd.grad(list(used.values()), probe, given, **batched)
-                (pulled,) = torch.autograd.grad(slope, leaf, moved, **batched)
-                back = torch.autograd.grad(outputs, [gradients.parameters[name] for name in used], pulled, **batched)
+                given = [vectors[name][some] for name in used]
+                (along,) = torch.autograd.grad(list(used.values()), probe, given, **batched)
+                (pulled,) = torch.autograd.grad(slope, leaf, along, **batched)
+                return torch.autograd.grad(outputs, [gradients.parameters[name] for name in used], pulled, **batched)
+
+            start, count = 0, len(next(iter(vectors.values())))
+            while start < count:
+                some, why = slice(start, start + step), None
+                try:
+                    back = moved(some)
+                except RuntimeError as error:
+                    why = why_out_of_memory(error)
+                    if why is None or (step == 1 and start == 0):  # fewer rows may do, and nothing was added
+                        raise
+                    if step == 1:
+                        raise NotEnoughMemoryError(f"Out of memory ({why}): lower max_tokens_per_batch=.") from error
+                if why is not None:
+                    free_memory()
+                    step = (step + 1) // 2
+                    continue
                 for name, part in zip(used, back, strict=True):
                     total[name][some] += part.detach()
+                start = some.stop
+
+
+@contextmanager
+def _twice() -> Iterator[None]:
+    """Say what to do where an operation has no second derivative."""
+    try:
+        yield
+    except RuntimeError as error:  # torch's
+        if is_out_of_memory(error):
+            raise
+        raise UnsupportedError(
+            f"The model cannot be differentiated twice ({error}), which Gauss-Newton products need: use "
+            "solver='direct'."
+        ) from error
 
 
 def conjugate_gradient(

@@ -39,10 +39,14 @@ class DiagonalCurvature:
 
     def fit(self, names: list[str], flow: Flow, sample: FisherSample) -> dict[str, Block]:
         """One pass over the samples: second moment of every entry of the whitened gradients."""
+        found = sample.anew(lambda: self._squares(names, flow, sample))
+        return {name: Block(None, None, found[name], flow.preconditioner[name]) for name in names}
+
+    def _squares(self, names: list[str], flow: Flow, sample: FisherSample) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
         for _, done in sample.passes(names):
             for name, _, grads in sample.gradients.blocks(done, names):
                 whitened = as_matrices(flow.preconditioner[name].root(grads, sample.scale))
                 part = whitened.square().sum(dim=0)
                 found[name] = part if name not in found else found[name].add_(part)
-        return {name: Block(None, None, found[name], flow.preconditioner[name]) for name in names}
+        return found

@@ -113,7 +113,12 @@ class EKFACCurvature:
 
     def fit(self, names: list[str], flow: Flow, sample: FisherSample) -> dict[str, Block]:
         """Two passes over the samples: bases, then eigenvalues in them."""
-        bases = self._bases(names, flow, sample)
+        moments = sample.anew(lambda: self._moments(names, flow, sample))
+        bases = {name: moments.pop(name).bases() for name in names}
+        eigenvalues = sample.anew(lambda: self._eigenvalues(names, bases, flow, sample))
+        return {name: Block(*bases[name], eigenvalues[name], flow.preconditioner[name]) for name in names}
+
+    def _eigenvalues(self, names, bases, flow, sample) -> dict[str, torch.Tensor]:
         eigenvalues: dict[str, torch.Tensor] = {}
 
         def add(name: str, part: torch.Tensor) -> None:
@@ -130,9 +135,9 @@ class EKFACCurvature:
             for name, _, grads in sample.gradients.blocks(done, dense):
                 matrices = as_matrices(flow.preconditioner[name].root(grads, sample.scale))
                 add(name, rotate(matrices, *bases[name]).square_().sum(dim=0))
-        return {name: Block(*bases[name], eigenvalues[name], flow.preconditioner[name]) for name in names}
+        return eigenvalues
 
-    def _bases(self, names, flow, sample) -> dict[str, tuple[torch.Tensor | None, torch.Tensor | None]]:
+    def _moments(self, names, flow, sample) -> dict[str, KroneckerMoments | GradientMoments]:
         gradients = sample.gradients
         kfac = [name for name in names if self.basis == "kfac" and KroneckerMoments.fits(gradients, name)]
         others = [name for name in names if name not in kfac]
@@ -144,7 +149,7 @@ class EKFACCurvature:
                 moments[name].add(done, sample.scale)
             for name, _, grads in gradients.blocks(done, others):
                 moments[name].add(as_matrices(flow.preconditioner[name].root(grads, sample.scale)))
-        return {name: moments[name].bases() for name in names}
+        return moments
 
 
 def through_blocks(vectors: Vectors, flow: Flow, blocks: Mapping[str, Block]) -> tuple[Vectors, Vectors]:

@@ -22,15 +22,33 @@ visits), so the scale is one number: `1 / sqrt(number of loss items in the whole
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from ..budget import NotEnoughMemoryError, Parts, why_out_of_memory
 from ..gradients.rows import Pass, RowGradients, as_rows
 from ..gradients.rules import Call, Rule
 from ..gradients.signs import curvature_task
-from ..gradients.task import task_labels
+from ..gradients.task import batch_rows, task_labels
 from .columns import Columns, Narrowed
+
+
+Result = TypeVar("Result")
+
+
+class TornPassError(NotEnoughMemoryError):
+    """Memory ran out in the middle of a pass whose first results were used already.
+
+    Args:
+        why: what the failed allocation said.
+    """
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"Out of memory in a pass over the sample ({why}). Lower max_tokens_per_batch=.")
+        self.why = why
 
 
 def systematic_sample(weights: np.ndarray, size: int, seed: int) -> np.ndarray:
@@ -92,17 +110,19 @@ class FisherSample:
         self.num_passes = 0
         self._labels: list[torch.Tensor | None] = [None] * len(batches)
         self._generator = torch.Generator().manual_seed(seed)
+        self._parts = Parts()
+        self._part = 0  # rows that went through the model last
 
     def passes(self, names: Iterable[str]) -> Iterator[tuple[slice, Pass]]:
         """Forward and backward over every batch; yields the sample numbers and the finished pass."""
+        names, start = list(names), 0
         self.num_passes += 1
-        start = 0
         for index, batch in enumerate(self.visit()):
-            labels = self._labels[index]
-            done = self.gradients.run(batch, names, labels, self._generator if labels is None else None)
-            self._labels[index] = done.labels
-            yield slice(start, start + done.num_rows), done
-            start += done.num_rows
+            run = lambda rows, index=index: self._run(index, rows, self.gradients.run, names)  # noqa: E731
+            for rows, done in self._parts(run, range(len(task_labels(self.gradients.task, batch)))):
+                yield slice(start + rows.start, start + rows.stop), done
+                done.calls.clear()  # whoever still holds the pass does not hold what went through the model
+            start += rows.stop
 
     def stream(
         self,
@@ -116,23 +136,87 @@ class FisherSample:
             names: parameters wanted.
             consume: called with a name, sample numbers, and one of the calls that the gradients are the sum of.
             consume_rows: called with a name, sample numbers and their gradients, where no rule fits.
+
+        Raises:
+            TornPassError: if memory ran out when a part of a batch had been used already.
         """
         self.num_passes += 1
-        start = 0
+        names, start = list(names), 0
+
+        def run(index: int, first: int, rows: range) -> None:
+            used = False
+
+            def of_call(name: str, rule: Rule, call: Call, count: int) -> None:
+                nonlocal used
+                used = True
+                consume(name, slice(first + rows.start, first + rows.start + count), rule, call)
+
+            def of_rows(name: str, own: slice, grads: torch.Tensor) -> None:
+                nonlocal used
+                used = True
+                offset = first + rows.start
+                consume_rows(name, slice(offset + own.start, offset + own.stop), grads)
+
+            try:
+                self._run(index, rows, self.gradients.stream, names, of_call, of_rows)
+            except Exception as error:
+                why = why_out_of_memory(error)
+                if why is None or not used:
+                    raise
+            else:
+                return
+            raise TornPassError(why)
+
         for index, batch in enumerate(self.visit()):
-            labels, first = self._labels[index], start
-            done = self.gradients.stream(
-                batch,
-                names,
-                lambda name, rule, call, rows, first=first: consume(name, slice(first, first + rows), rule, call),
-                lambda name, rows, grads, first=first: consume_rows(
-                    name, slice(first + rows.start, first + rows.stop), grads
-                ),
-                labels,
-                self._generator if labels is None else None,
-            )
-            self._labels[index] = done.labels
-            start += done.num_rows
+            rows = range(len(task_labels(self.gradients.task, batch)))
+            for _ in self._parts(partial(run, index, start), rows):
+                pass
+            start += len(rows)
+
+    def _run(self, index: int, rows: range, run: Callable[..., Pass], *args: Any) -> Pass:
+        """Some rows of a batch through the model, with the labels that were drawn, or are drawn now."""
+        self._part = len(rows)
+        batch = self.batches[index]
+        given, before = task_labels(self.gradients.task, batch), self._generator.get_state()
+        try:
+            if self._labels[index] is None and len(rows) < len(given):
+                self._labels[index] = self._draw(batch, given)
+            labels = self._labels[index]
+            if labels is not None:
+                return run(batch_rows(batch, rows), *args, labels=labels[rows.start : rows.stop])
+            done = run(batch, *args, generator=self._generator)
+        except Exception:
+            if self._labels[index] is None:  # drawn for nothing
+                self._generator.set_state(before)
+            raise
+        self._labels[index] = done.labels
+        return done
+
+    @torch.no_grad()
+    def _draw(self, batch: dict[str, torch.Tensor], given: torch.Tensor) -> torch.Tensor:
+        """Labels of a whole batch that has to go through the model in parts: the same as if it went at once."""
+        task, model = self.gradients.task, self.gradients.model
+        forward = lambda rows: task.forward(model, batch_rows(batch, rows)).cpu()  # noqa: E731
+        outputs = torch.cat([found for _, found in self._parts(forward, range(len(given)))])
+        return task.sample_labels(outputs, given.cpu(), self._generator).to(given.device)
+
+    def anew(self, compute: Callable[[], Result]) -> Result:
+        """What passes give, all over again with half the rows at once where memory runs out while they are used.
+
+        Args:
+            compute: makes the passes, and uses them in a way that leaves nothing behind when it fails.
+
+        Raises:
+            NotEnoughMemoryError: if memory does not suffice for one row.
+        """
+        while True:
+            try:
+                return compute()
+            except Exception as error:
+                why = error.why if isinstance(error, TornPassError) else why_out_of_memory(error)
+                if why is None:
+                    raise
+            self._parts.halve(self._part, why)
 
     @property
     def _sequences(self) -> int:
@@ -157,6 +241,9 @@ class FisherSample:
             names: of the parameters.
             piece_bytes: dense columns that are made at once of what is held.
         """
+        return self.anew(lambda: self._columns(list(names), piece_bytes))
+
+    def _columns(self, names: list[str], piece_bytes: int) -> dict[str, Columns]:
         parameters = self.gradients.parameters
         narrow = None if self.dtype is None else Narrowed(self.dtype)
         result = {name: Columns(self.size, parameters[name], self.scale, piece_bytes, narrow) for name in names}
@@ -183,6 +270,9 @@ class FisherSample:
 
     def matrices(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Columns of `S` that belong to the named parameters: name -> `[samples, *parameter.shape]`."""
+        return self.anew(lambda: self._matrices(list(names)))
+
+    def _matrices(self, names: list[str]) -> dict[str, torch.Tensor]:
         result = {}
         for name in names:
             parameter = self.gradients.parameters[name]
@@ -201,6 +291,9 @@ class FisherSample:
         Returns:
             name -> `[vectors, *parameter.shape]`.
         """
+        return self.anew(lambda: self._combine(coefficients))
+
+    def _combine(self, coefficients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         result = {}
         for samples, done in self.passes(coefficients):
             for name, rows, grads in self.gradients.blocks(done, coefficients):

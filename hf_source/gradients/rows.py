@@ -34,6 +34,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from ..budget import is_out_of_memory
 from ..errors import UnsupportedError
 from .convolutions import channel_rules, mixes_rows
 from .recompute import NotByRow, cut, recomputed, tensors_of
@@ -416,6 +417,8 @@ class RowGradients:
         try:
             done = next(self._passes(batch, labels, names, [None], modules))
         except RuntimeError as error:  # a layout that no rule foresaw
+            if is_out_of_memory(error):
+                raise
             logger.warning("per-row rules do not fit this model (%s); using one backward pass per row", error)
             self.around, self.fallback = {}, set(names)
             return
@@ -463,7 +466,9 @@ class RowGradients:
                 got = self._recomputed(done, self.around[name], [name], rows)[name][0]
             else:
                 got = self._block(name, done, rows)[0]
-        except (RuntimeError, TypeError):  # a layout that the rule did not foresee, or a module with more inputs
+        except (RuntimeError, TypeError) as error:  # a layout that it did not foresee, or a module with more inputs
+            if is_out_of_memory(error):
+                raise
             return False
         return float((got - truth[name]).norm()) <= tolerance
 

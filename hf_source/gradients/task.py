@@ -336,3 +336,8 @@ def drawn(logits: torch.Tensor, targets: torch.Tensor, generator: torch.Generato
 def batch_to(batch: Mapping[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
     """The batch's tensors on `device`."""
     return {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
+
+
+def batch_rows(batch: Batch, rows: range) -> Batch:
+    """Some rows of a batch, padded as it is."""
+    return {key: value[rows.start : rows.stop] for key, value in batch.items()}

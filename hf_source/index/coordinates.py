@@ -57,16 +57,24 @@ class Coordinates:
         """From gradients with labels drawn from the model, in two passes."""
         gradients, names = sample.gradients, list(sample.gradients.parameters)
         shapes = {name: parameter.shape for name, parameter in gradients.parameters.items()}
-        moments = {name: GradientMoments(shapes[name], name in gradients.vocabulary) for name in names}
-        for _, done in sample.passes(names):
-            for name, _, grads in gradients.blocks(done, names):
-                moments[name].add(as_matrices(grads))
-        bases = {name: moment.bases() for name, moment in moments.items()}
-        squares = {name: parameter.new_zeros(parameter.numel()) for name, parameter in gradients.parameters.items()}
-        for _, done in sample.passes(names):
-            for name, _, grads in gradients.blocks(done, names):
-                squares[name] += as_rows(rotate(as_matrices(grads), *bases[name])).square_().sum(dim=0)
-        scales = {}
+
+        def second_moments() -> dict[str, GradientMoments]:
+            moments = {name: GradientMoments(shapes[name], name in gradients.vocabulary) for name in names}
+            for _, done in sample.passes(names):
+                for name, _, grads in gradients.blocks(done, names):
+                    moments[name].add(as_matrices(grads))
+            return moments
+
+        bases = {name: moment.bases() for name, moment in sample.anew(second_moments).items()}
+
+        def rotated_squares() -> dict[str, torch.Tensor]:
+            found = {name: parameter.new_zeros(parameter.numel()) for name, parameter in gradients.parameters.items()}
+            for _, done in sample.passes(names):
+                for name, _, grads in gradients.blocks(done, names):
+                    found[name] += as_rows(rotate(as_matrices(grads), *bases[name])).square_().sum(dim=0)
+            return found
+
+        scales, squares = {}, sample.anew(rotated_squares)
         for name, square in squares.items():
             square = square / max(sample.size, 1)
             mean = square.mean()  # 0 for what no query's loss depends on: then any scale will do

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ..budget import Parts
 from ..curvature import Flow, Response, make_response
 from ..gradients import RowGradients
 from ..gradients.rows import as_rows
@@ -145,11 +146,11 @@ class Responses:
         if not len(visited):
             return {}
         own = {name: y for name, y in zeros(gradients, len(numbers)).items() if name in names}
-        scale = found.flow.length * len(found.places)
+        scale, parts = found.flow.length * len(found.places), Parts()
+        run = lambda pieces: gradients.run(rows.collated(pieces, self.settings.device), names)  # noqa: E731
         for load in found.places:
             load()
-            for pieces in rows.batches(visited):
-                done = gradients.run(rows.collated(pieces, self.settings.device), names)
+            for pieces, done in (part for batch in rows.batches(visited) for part in parts(run, batch)):
                 index = torch.as_tensor(position[rows.row[pieces]], device=self.settings.device)
                 scales = [torch.as_tensor(weights[pieces] / scale).to(index.device) for weights in by_part]
                 for name, some, grads in gradients.blocks(done, names):

@@ -34,11 +34,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..budget import Parts
 from ..curvature import EKFACCurvature, FisherSample, Flow, IdentityCurvature, JointCurvature, SampleSpace, fit_block
 from ..curvature.flow import integral
 from ..curvature.joint import groups_within
 from ..gradients import RowGradients
-from ..gradients.rows import as_rows
+from ..gradients.rows import Pass, as_rows
 from ..recording import StageRecord
 from .stages import WalkSettings
 from .walk import draw_sample, segment_flow
@@ -108,6 +109,7 @@ class _Turn:
         sizes = [len(pieces) for pieces in batches]
         self.starts = np.concatenate([[0], np.cumsum(sizes)])[:-1].astype(int)
         self.count = sum(sizes)
+        self._parts = Parts()
 
     def zeros(self, *leading: int) -> torch.Tensor:
         """float64 `[*leading, rows]`."""
@@ -115,10 +117,17 @@ class _Turn:
 
     def blocks(self, names: Sequence[str]) -> Iterator[tuple[str, slice, torch.Tensor]]:
         """Row gradients of one parameter after another: name, numbers of the rows, `[rows, *shape]`."""
-        for start, pieces in zip(self.starts, self.settings.progress(self.batches, self.title), strict=True):
-            done = self.gradients.run(self.rows.collated(pieces, self.settings.device), names)
+        for start, done in self.passes(names):
             for name, own, grads in self.gradients.blocks(done, names):
                 yield name, slice(start + own.start, start + own.stop), grads
+
+    def passes(self, names: Sequence[str]) -> Iterator[tuple[int, Pass]]:
+        """Number of the first row, and the finished pass over it and those after it."""
+        run = lambda pieces: self.gradients.run(self.rows.collated(pieces, self.settings.device), names)  # noqa: E731
+        for start, batch in zip(self.starts, self.settings.progress(self.batches, self.title), strict=True):
+            for _, done in self._parts(run, batch):
+                yield start, done
+                start += done.num_rows
 
 
 def _forms(curvature: Any, turn: _Turn, names: list[str], flow: Flow, sample: FisherSample) -> torch.Tensor:
@@ -200,17 +209,16 @@ def _joint(curvature: JointCurvature, turn: _Turn, names: list[str], flow: Flow,
 def _as_queries(curvature: Any, turn: _Turn, names: list[str], flow: Flow, sample: FisherSample) -> torch.Tensor:
     """Any curvature: a batch of rows goes through the segment as queries do. Every batch costs a propagation."""
     result = turn.zeros(turn.num_parts)
-    for start, pieces in zip(turn.starts, turn.settings.progress(turn.batches, turn.title), strict=True):
-        done = turn.gradients.run(turn.rows.collated(pieces, turn.settings.device), turn.gradients.parameters)
+    for start, done in turn.passes(list(turn.gradients.parameters)):
         vectors = {
-            name: parameter.new_empty((len(pieces), *parameter.shape))
+            name: parameter.new_empty((done.num_rows, *parameter.shape))
             for name, parameter in turn.gradients.parameters.items()
         }
         for name, own, grads in turn.gradients.blocks(done):
             vectors[name][own] = grads
         scoring, _ = curvature.propagate(vectors, flow, sample)
         for name in names:
-            result[turn.part_of[name], start : start + len(pieces)] += _dots(scoring[name], vectors[name])
+            result[turn.part_of[name], start : start + done.num_rows] += _dots(scoring[name], vectors[name])
     return result
 
 

@@ -30,14 +30,17 @@ of one gradient.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from ..budget import Parts
 from ..errors import UnsupportedError
 from ..gradients import RowGradients, task_labels
+from ..gradients.task import batch_rows
 from ..recording import StageRecord
 from ..recording.optimizers import OptimizerDescription, build_optimizer
 from ..recording.reading.assumed import require_recorded_visits
@@ -207,6 +210,7 @@ class RecordedRun:
         self.max_norm = float(stage.training["max_grad_norm"])
         size = sum(p.numel() * p.element_size() for p in self.trained.values())
         self.stride = state_stride(len(self.steps), size)
+        self._parts = Parts()
 
     def backward(self, vectors: Vectors, done: StepsDone) -> tuple[np.ndarray, Vectors]:
         """Scores of the stage's rows, `[queries, rows]`, and the query vectors at its initial weights.
@@ -320,16 +324,18 @@ class RecordedRun:
         frozen = self.stage.frozen_at(step)
         updated = {name: parameter for name, parameter in self.trained.items() if name not in frozen}
         total: dict[str, torch.Tensor] = {}
-        for _, batch, normalizer in self.micro_batches(step):
-            for name, part in self._differentiate(batch, updated, normalizer).items():
-                total[name] = total[name] + part if name in total else part
+        for pieces, batch, normalizer in self.micro_batches(step):
+            own = partial(self._differentiate, batch, updated, normalizer)
+            for _, found in self._parts(own, range(len(pieces))):
+                for name, part in found.items():
+                    total[name] = total[name] + part if name in total else part
         return total
 
     def _differentiate(
-        self, batch: Mapping[str, torch.Tensor], wanted: Mapping[str, nn.Parameter], normalizer: float
+        self, batch: Mapping[str, torch.Tensor], wanted: Mapping[str, nn.Parameter], normalizer: float, rows: range
     ) -> dict[str, torch.Tensor]:
-        """Gradient of the batch's summed loss over the normalizer."""
-        gradients, task = self.gradients, self.gradients.task
+        """Gradient of the summed loss of some rows of a batch over the normalizer."""
+        gradients, task, batch = self.gradients, self.gradients.task, batch_rows(batch, rows)
         with gradients._requiring_grad(list(wanted.values())), torch.enable_grad():
             loss = task.row_losses(task.forward(gradients.model, batch), task_labels(task, batch)).sum() / normalizer
             grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
@@ -379,7 +385,12 @@ class RecordedRun:
         """Pieces, normalizer and loss of the batches of a step, ready to be differentiated twice."""
         self._load(snapshot)
         for pieces, batch, normalizer in self.micro_batches(step, padded=False):
-            yield pieces, normalizer, Objective(self.gradients, batch, normalizer)
+            own = partial(self._objective, batch, normalizer)
+            for rows, found in self._parts(own, range(len(pieces))):
+                yield pieces[rows.start : rows.stop], normalizer, found
+
+    def _objective(self, batch: Mapping[str, torch.Tensor], normalizer: float, rows: range) -> Objective:
+        return Objective(self.gradients, batch_rows(batch, rows), normalizer)
 
     def _sum(self, step: int, objectives: list[tuple[np.ndarray, float, Objective]]) -> dict[str, torch.Tensor]:
         """The step's gradient before clipping."""

@@ -32,7 +32,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..budget import with_smaller_batches
 from ..curvature import FisherSample, Flow, JointCurvature, as_preconditioners, systematic_sample
 from ..gradients import RowGradients, RowLossTask
 from ..gradients.contraction import add_dots
@@ -129,14 +128,11 @@ def _through_segment(segment, stage, rows, gradients, vectors, scores, settings,
     visited = np.flatnonzero(sum(np.abs(weights) for _, weights in parts))
     batches = targets.batches(visited)[settings.share[0] :: settings.share[1]]
 
-    def scores_of(pieces: list[int]) -> list[np.ndarray]:
+    def scored(pieces: np.ndarray) -> np.ndarray:
         batch = targets.collated(pieces, settings.device)
         dots = score_rows(gradients, batch, scoring, [names for names, _ in parts]).double()
         scales = [torch.as_tensor(weights[pieces] / (flow.length * len(enter))) for _, weights in parts]
-        return list(sum(dot * scale for dot, scale in zip(dots, scales, strict=True)).float().numpy().T)
-
-    def scored(pieces: np.ndarray) -> np.ndarray:
-        return np.stack(with_smaller_batches(scores_of, list(pieces)), axis=1)
+        return sum(dot * scale for dot, scale in zip(dots, scales, strict=True)).float().numpy()
 
     for number, load in enumerate(enter):
         if len(enter) > 1:

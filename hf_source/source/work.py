@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..budget import Parts
 from ..errors import DataError
 
 
@@ -58,7 +59,7 @@ class Work:
         Args:
             key: what the scores are of.
             batches: piece numbers.
-            compute: gives the scores `[queries, pieces]` of a batch, float32.
+            compute: gives the scores `[queries, pieces]` of a batch, float32; of parts of it where memory runs out.
             progress, title: wraps the batches that are left.
 
         Yields:
@@ -68,9 +69,9 @@ class Work:
         while (found := self.load(f"{key}.scores-{done}")) is not None:
             yield found["pieces"].numpy(), found["scores"].numpy()
             done += int(found["batches"])
-        held, start = [], time.monotonic()
+        held, start, parts = [], time.monotonic(), Parts()
         for index in progress(range(done, len(batches)), title):
-            scores = compute(batches[index])
+            scores = np.concatenate([found for _, found in parts(compute, batches[index])], axis=1)
             held.append((batches[index], scores))
             if time.monotonic() - start >= self.flush_seconds or index == len(batches) - 1:
                 self._save_scores(f"{key}.scores-{done}", held)

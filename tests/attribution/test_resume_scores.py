@@ -26,7 +26,6 @@ import pytest
 import torch
 
 from hf_source import Queries, SourceAttributor
-from hf_source import budget as budget_module
 from hf_source.errors import ConfigError
 from hf_source.source.unrolled import RecordedRun
 from hf_source.source.work import Work
@@ -187,36 +186,6 @@ def test_a_damaged_file_is_named(tmp_path):
 
 
 # ---- memory -----------------------------------------------------------------------------------------------------
-
-
-def test_out_of_memory_lowers_the_batch_and_goes_on(story, monkeypatch):
-    """Three rows at once do not fit: the scores are those of smaller batches."""
-    original, sizes = walk_module.score_rows, []
-
-    def fragile(gradients, batch, *args):
-        sizes.append(len(batch["input_ids"]))
-        if sizes[-1] > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return original(gradients, batch, *args)
-
-    wide = {**SETTINGS, "max_tokens_per_batch": 4096}
-    expected = SourceAttributor.from_record(story.path, **wide).scores(None, ask(), "sft")
-    monkeypatch.setattr(walk_module, "score_rows", fragile)
-    found = SourceAttributor.from_record(story.path, **wide).scores(None, ask(), "sft")
-    assert max(sizes) > 2 and min(sizes) <= 2
-    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())  # float32 sums
-
-
-def test_other_errors_and_single_rows_are_not_tried_again():
-    def broken(items):
-        raise ValueError("something else")
-
-    def full(items):
-        raise RuntimeError("CUDA error: out of memory")
-
-    for compute, error in ((broken, ValueError), (full, RuntimeError)):
-        with pytest.raises(error):
-            budget_module.with_smaller_batches(compute, [1, 2, 3])
 
 
 def test_queries_that_do_not_fit_the_budget_walk_after_one_another(story, monkeypatch):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ...budget import Parts
 from ...errors import ConfigError, UnsupportedError
 from ...gradients import RowGradients
 from ...gradients.rows import as_rows
@@ -82,10 +83,11 @@ def closed_form(
     attributor: "SourceAttributor", rows: "StageRows", gradients: RowGradients, vectors: Vectors, damping: float
 ) -> Vectors:
     """`(v - mean_i (v^T g_i) / (lambda + |g_i|^2) g_i) / lambda` of every parameter, in two passes over the rows."""
-    batches = attributor.share(rows.batches(rows.trained))
+    batches, parts = attributor.share(rows.batches(rows.trained)), Parts()
+    run = lambda pieces: gradients.run(rows.collated(pieces, attributor.device))  # noqa: E731
     squares = dict.fromkeys(vectors, torch.zeros((), dtype=torch.float64, device=attributor.device))
     for pieces in attributor.progress(batches, f"damping for {rows.stage.name}"):
-        for name, _, grads in gradients.blocks(gradients.run(rows.collated(pieces, attributor.device))):
+        for name, _, grads in (block for _, done in parts(run, pieces) for block in gradients.blocks(done)):
             squares[name] = squares[name] + grads.double().square().sum()
     number = len(rows.trained)
     strength = {
@@ -94,7 +96,7 @@ def closed_form(
     }
     moved = {name: torch.zeros_like(as_rows(vector)) for name, vector in vectors.items()}
     for pieces in attributor.progress(batches, f"inverse for {rows.stage.name}"):
-        for name, _, grads in gradients.blocks(gradients.run(rows.collated(pieces, attributor.device))):
+        for name, _, grads in (block for _, done in parts(run, pieces) for block in gradients.blocks(done)):
             flat = as_rows(grads)
             shares = (as_rows(vectors[name]) @ flat.T) / (strength[name] + flat.square().sum(dim=1)).clamp_min(1e-30)
             moved[name] += shares @ flat / number

@@ -23,7 +23,7 @@ from ...errors import ConfigError, UnsupportedError
 from ...gradients import DiffusionTask, RowGradients
 from ...gradients.rows import as_rows
 from ...recording import SegmentRecord, StageRecord
-from ..asking import query_batches
+from ..asking import ask
 from ..queries import Queries
 from .base import Scores, Vectors
 from .tracin import along_segments
@@ -97,18 +97,25 @@ def _query_vectors(
         name: torch.zeros((len(queries), *parameter.shape), dtype=attributor.dtype, device=attributor.device)
         for name, parameter in gradients.parameters.items()
     }
-    for engine, chosen, batch in query_batches(attributor, gradients, queries):
-        place = torch.as_tensor(chosen.copy(), device=attributor.device)
-        for point in range(engine.task.grid):
-            engine.task.at_points([point])
-            own = {name: torch.empty_like(vectors[place]) for name, vectors in found.items()}
-            for name, rows, grads in engine.blocks(engine.run(batch)):
-                own[name][rows] = grads.to(attributor.dtype)
-            norms = sum(as_rows(part).square().sum(dim=1) for part in own.values()).sqrt()
-            for name, part in own.items():
-                found[name][place] += (as_rows(part) / norms.clamp_min(1e-30)[:, None]).view_as(part)
-        engine.task.at_points(range(engine.task.grid))
-    return {name: part / engine.task.grid for name, part in found.items()}
+
+    def add(engine: RowGradients, chosen: np.ndarray, batch: dict[str, torch.Tensor]) -> None:
+        place, grid = torch.as_tensor(chosen.copy(), device=attributor.device), engine.task.grid
+        for vectors in found.values():
+            vectors[place] = 0.0
+        try:
+            for point in range(grid):
+                engine.task.at_points([point])
+                own = {name: torch.empty_like(vectors[place]) for name, vectors in found.items()}
+                for name, rows, grads in engine.blocks(engine.run(batch)):
+                    own[name][rows] = grads.to(attributor.dtype)
+                norms = sum(as_rows(part).square().sum(dim=1) for part in own.values()).sqrt() * grid
+                for name, part in own.items():
+                    found[name][place] += (as_rows(part) / norms.clamp_min(1e-30)[:, None]).view_as(part)
+        finally:
+            engine.task.at_points(range(grid))
+
+    ask(attributor, gradients, queries, add)
+    return found
 
 
 def _products(gradients: RowGradients, batch, vectors: Vectors, normalise: bool) -> np.ndarray:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ...budget import Parts
 from ...curvature.block import MAX_FULL_SIDE, GradientMoments, as_matrices, eigenvectors
 from ...curvature.ekfac import KroneckerMoments
 from ...curvature.gram import GramSpectrum, pseudo_inverse
@@ -136,13 +137,14 @@ def _leading(
         else:
             moments[name] = GradientMoments(parameter.shape, name in gradients.vocabulary)
     others = [name for name, found in moments.items() if isinstance(found, GradientMoments)]
-    title = f"directions of {rows.stage.name}"
+    title, parts = f"directions of {rows.stage.name}", Parts()
+    run = lambda pieces: gradients.run(rows.collated(pieces, attributor.device))  # noqa: E731
     for pieces in attributor.progress(attributor.share(rows.batches(rows.trained)), title):
-        done = gradients.run(rows.collated(pieces, attributor.device))
-        for name in moments.keys() - set(others):
-            moments[name].add(done, 1.0)
-        for name, _, grads in gradients.blocks(done, others):
-            moments[name].add(as_matrices(grads))
+        for _, done in parts(run, pieces):
+            for name in moments.keys() - set(others):
+                moments[name].add(done, 1.0)
+            for name, _, grads in gradients.blocks(done, others):
+                moments[name].add(as_matrices(grads))
     found = {}
     for name, sides in random.items():  # in the same order in every process
         wanted = (moments[name].want_left, moments[name].want_right) if name in others else (True, True)

@@ -24,7 +24,7 @@ from ...gradients import RowGradients
 from ...gradients.projection import Projector, random_side
 from ...recording import StageRecord
 from ...source import Work
-from ..asking import query_batches
+from ..asking import ask
 from ..queries import Queries
 
 
@@ -91,10 +91,13 @@ def query_features(
         measure: makes another task of the queries' own.
     """
     result = torch.zeros(len(queries), projector.size, dtype=_kept(attributor), device=attributor.device)
-    for engine, chosen, batch in query_batches(attributor, gradients, queries):
+
+    def fill(engine: RowGradients, chosen: np.ndarray, batch: dict[str, torch.Tensor]) -> None:
         engine = engine if measure is None else engine.with_task(measure(engine.task))
         found = projector.project(engine, engine.run(batch))
         result[torch.as_tensor(chosen.copy(), device=attributor.device)] = found.to(result)
+
+    ask(attributor, gradients, queries, fill)
     return result
 
 

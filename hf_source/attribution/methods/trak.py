@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ...budget import Parts
 from ...curvature.gram import GramSpectrum, pseudo_inverse
 from ...errors import ConfigError
 from ...gradients import RowGradients, Task
@@ -135,9 +136,14 @@ def _complements(
     place = np.zeros(rows.stage.num_rows, dtype=np.int64)
     place[rows.trained_rows] = np.arange(len(rows.trained_rows))
     sums = torch.zeros(len(rows.trained_rows), 2, dtype=torch.float64, device=attributor.device)
-    for pieces in attributor.share(rows.batches(rows.trained)):
+
+    def complements(pieces: np.ndarray) -> torch.Tensor:
         batch = rows.collated(pieces, attributor.device)
-        found = task.complements(task.forward(gradients.model, batch), batch["labels"])
-        sums.index_add_(0, torch.as_tensor(place[rows.row[pieces]], device=attributor.device), found.to(sums))
+        return task.complements(task.forward(gradients.model, batch), batch["labels"])
+
+    parts = Parts()
+    for batch in attributor.share(rows.batches(rows.trained)):
+        for pieces, found in parts(complements, batch):
+            sums.index_add_(0, torch.as_tensor(place[rows.row[pieces]], device=attributor.device), found.to(sums))
     sums = attributor.total(sums)
     return sums[:, 0] / sums[:, 1].clamp_min(1)
