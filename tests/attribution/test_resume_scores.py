@@ -26,6 +26,7 @@ import pytest
 import torch
 
 from hf_source import Queries, SourceAttributor
+from hf_source.budget import parse_bytes
 from hf_source.errors import ConfigError
 from hf_source.source.unrolled import RecordedRun
 from hf_source.source.work import Work
@@ -202,7 +203,7 @@ def test_queries_that_do_not_fit_the_budget_walk_after_one_another(story, monkey
     "given, size", [(None, 2**30), (1000, 1000), ("2GiB", 2**31), ("1.5 gb", 3 * 2**29), ("7", 7)]
 )
 def test_sizes_are_read(given, size):
-    assert budget_module.parse_bytes(given) == size
+    assert parse_bytes(given) == size
 
 
 @pytest.mark.parametrize("given", ["much", "", "-1GiB", 0, "2 apples"])
