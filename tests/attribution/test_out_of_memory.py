@@ -11,13 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-
-
 """Where memory runs out, fewer rows go through the model at once, and the scores stay what they were."""
 
 import importlib
 
 import numpy as np
+import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
