@@ -145,15 +145,19 @@ def as_matrices(vectors: torch.Tensor) -> torch.Tensor:
 
 def rotate(matrices: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None) -> torch.Tensor:
     """`L^T G R` for each `G` in `[count, m, k]`."""
-    if left is not None:
-        matrices = left.T @ matrices
-    return matrices if right is None else matrices @ right
+    if right is not None:
+        matrices = matrices @ right
+    if left is None:
+        return matrices
+    if matrices.shape[2] == 1:  # one product, in place of one for each vector
+        return (matrices[..., 0] @ left)[..., None]
+    return left.T @ matrices
 
 
 def unrotate(matrices: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None) -> torch.Tensor:
     """`L G R^T` for each `G` in `[count, m, k]`."""
     if left is not None:
-        matrices = left @ matrices
+        matrices = (matrices[..., 0] @ left.T)[..., None] if matrices.shape[2] == 1 else left @ matrices
     return matrices if right is None else matrices @ right.T
 
 
@@ -182,9 +186,9 @@ class GradientMoments:
             flat = matrices.flatten(0, 1)
             self.right = _plus(self.right, flat.T @ flat)
 
-    def bases(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Eigenvectors of both moments."""
-        return eigenvectors(self.left), eigenvectors(self.right)
+    def bases(self, least: float = 0.0) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Eigenvectors of both moments; those of eigenvalues that exceed `least`, if it is not 0."""
+        return leading_bases((self.left, self.right), least)
 
 
 def _plus(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
@@ -238,6 +242,15 @@ def leading_eigenvectors(moment: torch.Tensor, least: float) -> torch.Tensor:
     return vectors[:, (vectors * (symmetric @ vectors)).sum(dim=0) > least]
 
 
+def leading_bases(
+    moments: Sequence[torch.Tensor | None], least: float
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """`leading_eigenvectors` of each, and all of them if `least` is 0; `None` stays `None`."""
+    find = (lambda moment: leading_eigenvectors(moment, least)) if least else eigenvectors
+    left, right = (None if moment is None else find(moment) for moment in moments)
+    return left, right
+
+
 def fit_block(
     samples: torch.Tensor, preconditioner: Preconditioner | torch.Tensor, diagonal_left: bool = False
 ) -> Block:
@@ -256,6 +269,7 @@ def fit_block_in_parts(
     shape: torch.Size,
     preconditioner: Preconditioner | torch.Tensor,
     diagonal_left: bool = False,
+    least: float = 0.0,
 ) -> Block:
     """The same from some samples after another.
 
@@ -263,10 +277,24 @@ def fit_block_in_parts(
         parts: gives the samples, `[some, *parameter.shape]`; called twice.
         shape: of the parameter.
         preconditioner, diagonal_left: see `fit_block`.
+        least: see `fit_whitened`.
     """
     if isinstance(preconditioner, torch.Tensor):
         preconditioner = Diagonal(preconditioner)
-    return fit_whitened(lambda: map(preconditioner.root, parts()), shape, preconditioner, diagonal_left)
+    return fit_whitened(lambda: map(preconditioner.root, parts()), shape, preconditioner, diagonal_left, least)
+
+
+def _eigenpairs_of_few(samples: torch.Tensor, least: float) -> tuple[torch.Tensor, None, torch.Tensor]:
+    """Bases and eigenvalues of a vector's block whose samples `[n, size]` are fewer than its entries.
+
+    `S^T S` has the eigenvalues of the small `S S^T`, and `S^T` makes its eigenvectors of those.
+    """
+    wide = samples.double()
+    values, vectors = eigh(wide @ wide.T)
+    kept = values > max(least, float(values[-1]) * len(values) * torch.finfo(values.dtype).eps)
+    values = values[kept]
+    left = wide.T @ (vectors[:, kept] / values.sqrt())
+    return left.to(samples), None, values[:, None].to(samples)
 
 
 def fit_whitened(
@@ -274,14 +302,23 @@ def fit_whitened(
     shape: torch.Size,
     preconditioner: Preconditioner,
     diagonal_left: bool = False,
+    least: float = 0.0,
 ) -> Block:
-    """The same from samples that are whitened already, `P^{1/2} g`; they are left unchanged."""
+    """The same from samples that are whitened already, `P^{1/2} g`; they are left unchanged.
+
+    With `least`, directions of a side whose eigenvalue does not exceed it are left out: no entry of the block is
+    larger than the eigenvalues of its row and of its column.
+    """
     moments = GradientMoments(shape, diagonal_left)
+    if least and moments.want_left and not moments.want_right:
+        samples = torch.cat(list(parts())).flatten(1)
+        if len(samples) < samples.shape[1]:
+            return Block(*_eigenpairs_of_few(samples, least), preconditioner)
     eigenvalues, first, number = None, None, 0
     for number, part in enumerate(parts(), start=1):
         first = part if number == 1 else None  # of one part, once is enough
         moments.add(as_matrices(part))
-    left, right = moments.bases()
+    left, right = moments.bases(least)
     for part in [first] if number == 1 else parts():
         turned = rotate(as_matrices(part), left, right)
         own = (turned.square() if left is None and right is None else turned.square_()).sum(dim=0)

@@ -32,7 +32,7 @@ import torch
 from ..gradients.contraction import FACTORED, PIECE_BYTES, counted, factors
 from ..gradients.rows import Pass
 from ..gradients.rules import by_row, conv1d_weight, embedding_weight
-from .block import MAX_FULL_SIDE, Block, eigenvectors, leading_eigenvectors
+from .block import MAX_FULL_SIDE, Block, leading_bases
 from .columns import Columns, Part
 from .preconditioner import Diagonal, Preconditioner
 from .sample import FisherSample
@@ -83,8 +83,7 @@ def fit_factored(columns: Columns, preconditioner: Diagonal, diagonal_left: bool
         if left is not None:
             _add_left(one, other, left)
     scale = columns.scale**2
-    find = (lambda moment: leading_eigenvectors(moment, least)) if least else eigenvectors
-    left, right = (None if moment is None else find(moment * scale) for moment in (left, right))
+    left, right = leading_bases([None if moment is None else moment.mul_(scale) for moment in (left, right)], least)
     whitened = Columns(columns.size, columns.like, columns.scale, columns.piece_bytes, parts=whitened)
     return Block(left, right, squares_in_bases(whitened, left, right), preconditioner)
 

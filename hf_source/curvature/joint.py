@@ -66,8 +66,8 @@ _RANK_TOLERANCE = 1e-12
 
 
 _SPREAD = 8
-"""An eigenvalue of a side is the sum of the block's entries along the other side. For vectors in a narrow type, those
-directions are told apart whose entries would not be negligible if the sum were spread over so many."""
+"""An eigenvalue of a side is the sum of the block's entries along the other side, so that where it is negligible, they
+are. For vectors in a narrow type it is enough that they would be if the sum were spread over so many."""
 
 
 class SampleSpace:
@@ -217,8 +217,8 @@ class JointCurvature:
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """`q` after the split-off factors, for scoring and, if wanted, for carrying on; `q` itself is changed."""
         decay, length = flow.decay[name].to(sample.gradients.parameters[name]), flow.length
-        narrow = q.dtype.itemsize < sample.gradients.parameters[name].element_size()
-        least = _SPREAD * negligible(q.dtype) / length if narrow else 0.0
+        narrow = q.dtype.itemsize < decay.element_size()
+        least = (_SPREAD * negligible(q.dtype) if narrow else negligible(decay.dtype)) / length
         block = samples.fit(name in sample.gradients.vocabulary, least) if self.tail else None
         functions, result = ([decayed] if carry else []) + [_mean_over_time], [q.clone()] if carry else []
         result.append(q)
@@ -336,9 +336,9 @@ class Whitened:
             return fit_factored(self.columns, self.preconditioner, diagonal_left, least)
         shape = self.columns.shape
         if self.held is not None:
-            return fit_whitened(lambda: [self.held], shape, self.preconditioner, diagonal_left)
+            return fit_whitened(lambda: [self.held], shape, self.preconditioner, diagonal_left, least)
         parts = lambda: (part for _, part in self.columns.samples())  # noqa: E731
-        return fit_block_in_parts(parts, shape, self.preconditioner, diagonal_left)
+        return fit_block_in_parts(parts, shape, self.preconditioner, diagonal_left, least)
 
     def outer_products(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """`U` and `V` of columns `u v^T`, whose products with each other are those of the factors; else `None`."""

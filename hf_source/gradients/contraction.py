@@ -168,13 +168,22 @@ def add_factor_sums(left: torch.Tensor, right: torch.Tensor, weights: torch.Tens
 
 
 def _add_looked_up(call: Call, rows: int, vectors: torch.Tensor, total: torch.Tensor) -> None:
-    tokens = call.input.reshape(rows, -1)
-    grads = by_row(call.grad, rows)
-    grads = grads * counted(call, tokens)[..., None]
-    step = max(1, int(PIECE_BYTES // max(1, grads.numel() * grads.element_size())))
-    for start in range(0, len(vectors), step):
-        found = vectors[start : start + step][:, tokens].to(grads)  # (vectors, rows, tokens, hidden)
-        total[start : start + step] += torch.einsum("qrth,rth->qr", found, grads)
+    tokens, grads = _looked_up(call, rows)
+    if tokens.stride(0) == 0:  # positions, which are the same in every row
+        step = max(1, PIECE_BYTES // max(1, grads[0].numel() * grads.element_size()))
+        for some, sums in zip(vectors.split(step), total.split(step), strict=True):
+            sums += some[:, tokens[0]].to(grads).flatten(1) @ grads.flatten(1).T
+        return
+    for vector, sums in zip(vectors, total, strict=True):  # what one of them needs stays in a processor's cache
+        sums += vector[tokens].to(grads).mul_(grads).sum(dim=(1, 2))
+
+
+def _looked_up(call: Call, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """An embedding's tokens and their gradients, `[rows, tokens]` and `[rows, tokens, hidden]`; 0 for its padding."""
+    tokens, grads = call.input.reshape(rows, -1), by_row(call.grad, rows)
+    if call.module.padding_idx is not None:
+        grads = grads * counted(call, tokens)[..., None]
+    return tokens, grads
 
 
 def add_combined(rule: Rule, call: Call, rows: int, coefficients: torch.Tensor, total: torch.Tensor) -> None:
@@ -186,7 +195,12 @@ def add_combined(rule: Rule, call: Call, rows: int, coefficients: torch.Tensor, 
         total: `[vectors, *parameter.shape]`, added to.
     """
     weights = coefficients.T.to(call.grad)
-    if rule in FACTORED and rule is not embedding_weight:
+    if rule is embedding_weight:
+        tokens, grads = _looked_up(call, rows)
+        for weight, sums in zip(weights, total, strict=True):
+            sums.index_add_(0, tokens.flatten(), (grads * weight[:, None, None]).flatten(0, 1).to(sums))
+        return
+    if rule in FACTORED:
         left, right = factors(rule, call, rows)
         if _contracts(left.shape[1], len(weights)):
             add_factor_sums(left, right, weights, total)

@@ -109,13 +109,16 @@ def norm_weight(call: Call, rows: int) -> torch.Tensor:
     A norm is affine in its scale, `y = scale * n(x) + ...` (or `(1 + scale) * n(x)`), so `n(x)` is the difference of
     its outputs at scale 1 and 0.
     """
-    ones = {"weight": torch.ones_like(call.module.weight)}
-    zeros = {"weight": torch.zeros_like(call.module.weight)}
-    with torch.no_grad():
-        normalized = torch.func.functional_call(call.module, ones, (call.input,)) - torch.func.functional_call(
-            call.module, zeros, (call.input,)
-        )
-    return by_row(call.grad * normalized, rows).sum(dim=1)
+    return by_row(call.grad * _normalized(call.module, call.input), rows).sum(dim=1)
+
+
+@torch.no_grad()
+def _normalized(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """`n(x)`."""
+    if type(module) is nn.LayerNorm:
+        return nn.functional.layer_norm(inputs, module.normalized_shape, eps=module.eps)
+    ones, zeros = ({"weight": torch.full_like(module.weight, scale)} for scale in (1.0, 0.0))
+    return torch.func.functional_call(module, ones, (inputs,)) - torch.func.functional_call(module, zeros, (inputs,))
 
 
 def rules_for(module: nn.Module) -> dict[str, Rule]:

@@ -20,7 +20,7 @@ import torch
 from hf_source.curvature import FisherSample, JointCurvature, factored
 from hf_source.curvature import block as block_module
 from hf_source.curvature import columns as columns_module
-from hf_source.curvature.block import fit_block, leading_eigenvectors
+from hf_source.curvature.block import fit_block, fit_block_in_parts, leading_eigenvectors
 from hf_source.gradients import CausalLMTask, RowGradients
 from hf_source.gradients.contraction import add_combined, add_dots, pieces
 
@@ -192,3 +192,24 @@ def test_leading_eigenvectors_of_a_large_side(number, monkeypatch):
     torch.testing.assert_close(found.T @ found, torch.eye(number, dtype=torch.float64), rtol=0, atol=1e-5)
     torch.testing.assert_close(found @ found.T, basis[:, :number] @ basis[:, :number].T, rtol=0, atol=1e-4)
     assert leading_eigenvectors(moment, 1e9).shape == (512, 0)
+
+
+@pytest.mark.parametrize("shape", [(30,), (12, 9)], ids=str)
+def test_directions_that_hardly_move_are_left_out(shape):
+    """A vector with fewer samples than entries, whose block is that of their products, and a matrix."""
+    generator, few, size = torch.Generator().manual_seed(0), 6, torch.Size(shape).numel()
+    sizes = torch.logspace(0, -9, few, dtype=torch.float64)[:, None]
+    samples = (torch.randn((few, size), generator=generator, dtype=torch.float64) * sizes).view(few, *shape)
+    preconditioner = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.1
+    if len(shape) == 2:  # of rank one, so that a side has small eigenvalues
+        samples, preconditioner = samples[:, :, :1] * samples[:1, :1, :], preconditioner[0, 0]
+    vectors = torch.randn((3, *shape), generator=generator, dtype=torch.float64)
+    least, parts = 1e-10, lambda: samples.split(2)
+    whole = fit_block(samples, preconditioner)
+    some = fit_block_in_parts(parts, samples.shape[1:], preconditioner, least=least)
+    assert 0 < some.left.shape[1] < whole.left.shape[1]
+    function = lambda mu: torch.exp(-mu)  # noqa: E731
+    expected, got = whole.apply(vectors, function), some.apply(vectors, function)
+    assert (expected - vectors).abs().max() > 0.1
+    # Each of the directions left out would have moved by `least` at most; P^{1/2} and P^{-1/2} add a factor below 4.
+    assert (got - expected).abs().max() < 10 * least
