@@ -255,9 +255,8 @@ class JointCurvature:
             projections[rate] += preconditioner.root(dots).T
             add_gram(outer, grams[rate])
             return
-        for part, own in samples.slices():
+        for part, own in samples.slices(both[0].dtype):
             add_gram([as_rows(own)], grams[rate])
-            own = _narrower(own, both[0])
             vectors = torch.cat([each[:, part] if each.dim() > 1 else each for each in both]).to(own)
             projections[rate] += as_rows(own) @ as_rows(preconditioner.root_of(vectors, part)).T
 
@@ -345,12 +344,13 @@ class Whitened:
         pair = outer_products(self.columns) if self.preconditioner.is_constant else None
         return None if pair is None else (self.preconditioner.root(pair[0]), pair[1])
 
-    def slices(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Parts of the parameter's first axis, and their columns `[samples, part, ...]`."""
+    def slices(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Parts of the parameter's first axis, and their columns `[samples, part, ...]`; in `dtype`, if narrower."""
         if self.held is not None:
-            yield slice(None), self.held
+            yield slice(None), _narrower(self.held, dtype)
             return
-        for part, own in self.columns.slices(whole=self.whole):
+        narrow = dtype if dtype.itemsize < self.columns.like.element_size() else None
+        for part, own in self.columns.slices(whole=self.whole, dtype=narrow):
             yield part, self.preconditioner.root_of(own, part)
 
 
@@ -367,7 +367,19 @@ def add_gram(factors: Sequence[torch.Tensor], total: torch.Tensor) -> None:
     """
     for start in range(0, len(total), GRAM_BLOCK):
         own = slice(start, min(start + GRAM_BLOCK, len(total)))
-        total[own, : own.stop] += prod(rows[own] @ rows[: own.stop].T for rows in factors)
+        total[own, : own.stop] += prod(_products(rows[own], rows[: own.stop]) for rows in factors)
+
+
+_SUMMED_NARROW = 2**14
+"""Terms of a sum that is rounded to a narrow type."""
+
+
+def _products(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """`[rows, others]`; of a narrow type in many sums, each of which is rounded, that are added in a wide one."""
+    if torch.finfo(rows.dtype).bits >= 32:
+        return rows @ others.T
+    parts = zip(rows.split(_SUMMED_NARROW, dim=1), others.split(_SUMMED_NARROW, dim=1), strict=True)
+    return sum((own @ other.T).float() for own, other in parts)
 
 
 def _mean_over_time(rate: torch.Tensor, length: float) -> torch.Tensor:
@@ -392,9 +404,9 @@ def _add_columns(columns: Columns, targets: Sequence[tuple[torch.Tensor, torch.T
             target += combine(own, coefficients)
 
 
-def _narrower(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """The tensor in the other's type, if that is narrower."""
-    return tensor.to(other.dtype) if other.dtype.itemsize < tensor.element_size() else tensor
+def _narrower(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in another type, if that is narrower."""
+    return tensor.to(dtype) if dtype.itemsize < tensor.element_size() else tensor
 
 
 def _add_by_pass(sample: FisherSample, targets: Mapping[str, Sequence[tuple[torch.Tensor, torch.Tensor]]]) -> None:

@@ -145,8 +145,9 @@ def add_dots(rule: Rule, call: Call, rows: int, vectors: torch.Tensor, total: to
             return
     for part, grads in pieces(rule, call, rows):
         flat = grads.reshape(rows, -1)
-        own = vectors[:, part] if vectors.dim() > 1 else vectors
-        total += own.reshape(len(vectors), -1).to(flat) @ flat.T
+        own = (vectors[:, part] if vectors.dim() > 1 else vectors).reshape(len(vectors), -1).to(flat)
+        # The fewer first: it is them that a product of tall matrices keeps at hand.
+        total += (flat @ own.T).T if rows < len(vectors) else own @ flat.T
 
 
 def _contracts(tokens: int, vectors: int) -> bool:
