@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..budget import clock
+from ..budget import clock, give_back, held_by_process
+from ..curvature.block import GradientMoments, as_matrices, rotate
 from ..curvature.columns import holds_factored
 from ..gradients import RowGradients
 from ..gradients.rules import Call, Rule
 from ..recording import StageRecord
 from ..source import score_rows
+from .cost import JointCost
 from .methods.projected import ProjectedOptions
 
 
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
     from .attributor import SourceAttributor
     from .rows import StageRows
 
+
+_TURNED = 2**22
+"""Numbers that the speed of products is measured with, at most."""
 
 _VECTOR_BYTES = 2**28
 """Query vectors that a calibration makes; the time of more is that of these and of one, continued."""
@@ -46,9 +51,11 @@ class Calibration:
         pass_seconds: for each token, of forward and backward with per-row gradients.
         score_seconds: for each token, of what the method does with a row, the pass included.
         first_seconds: once, of checking the rules and of the queries' gradients.
-        operations_per_second: of products of large matrices.
+        operations_per_second: of products of matrices, of the size of those that take the curvature longest.
         batch_bytes: that a batch of `max_tokens_per_batch` leaves between its forward and its backward pass, and what
             goes back through its largest layer; of as many tokens as there are, if they are fewer.
+        rows_bytes: that batches of rows take: as much, or more if a few of them left more with the process, with which
+            memory that is freed in small pieces stays.
         token_bytes: the same for each token.
         column_token_bytes: that the sample's columns hold for each token, of parameters whose columns are factored.
     """
@@ -58,6 +65,7 @@ class Calibration:
     first_seconds: float
     operations_per_second: float
     batch_bytes: int
+    rows_bytes: int
     token_bytes: float
     column_token_bytes: float
 
@@ -74,10 +82,20 @@ def calibrate(
     checking = clock(attributor.device) - start
     batches = rows.batches(rows.trained)
     chosen = [batches[i] for i in sorted({0, len(batches) // 2, len(batches) - 1})]
-    token_bytes, column_bytes = _bytes_per_token(gradients, rows, chosen[0][:4], attributor.device)
+    narrow = attributor.vector_dtype
+    token_bytes, column_bytes = _bytes_per_token(gradients, rows, chosen[0][:4], attributor.device, narrow)
     if attributor.vector_dtype is not None:
         column_bytes *= attributor.vector_dtype.itemsize / attributor.dtype.itemsize
-    seconds = lambda work: _seconds_per_token(work, rows, chosen, attributor.device)  # noqa: E731
+    kept = 0
+
+    def seconds(work: Callable[[dict], object]) -> float:
+        nonlocal kept
+        give_back()
+        before = held_by_process()
+        found = _seconds_per_token(work, rows, chosen, attributor.device)
+        kept = max(kept, held_by_process() - before)
+        return found
+
     if isinstance(attributor.options, ProjectedOptions):
         alone = together = seconds(_projecting(attributor, gradients, stage))
     else:
@@ -86,11 +104,11 @@ def calibrate(
         alone = seconds(_scoring(gradients, 1, attributor.vector_dtype))
         together = seconds(_scoring(gradients, most, attributor.vector_dtype)) if num_queries > 1 else alone
         together += max(0.0, together - alone) * (num_queries - most) / max(1, most - 1)
-    tokens = max(len(numbers) * int(rows.lengths[numbers].max()) for numbers in batches)
     first = checking + num_queries * float(rows.lengths[rows.trained].mean()) * alone  # a query is about a row
     tokens = max(len(numbers) * int(rows.lengths[numbers].max()) for numbers in batches)
-    speed = _operations_per_second(attributor)
-    return Calibration(alone, together, first, speed, int(token_bytes * tokens), token_bytes, column_bytes)
+    speed = _operations_per_second(attributor, *_longest(attributor, gradients))
+    batch = int(token_bytes * tokens)
+    return Calibration(alone, together, first, speed, batch, max(batch, kept), token_bytes, column_bytes)
 
 
 def _scoring(gradients: RowGradients, count: int, dtype: torch.dtype | None) -> Callable[[dict], object]:
@@ -124,7 +142,11 @@ def _seconds_per_token(
 
 
 def _bytes_per_token(
-    gradients: RowGradients, rows: "StageRows", numbers: np.ndarray, device: torch.device
+    gradients: RowGradients,
+    rows: "StageRows",
+    numbers: np.ndarray,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
 ) -> tuple[float, float]:
     """What a batch takes, and what of it the sample's columns hold.
 
@@ -144,7 +166,7 @@ def _bytes_per_token(
 
     def call_arrived(name: str, rule: Rule, call: Call, num_rows: int) -> None:
         note(call.input)
-        if holds_factored(rule, call, num_rows, gradients.parameters[name]):
+        if holds_factored(rule, call, num_rows, gradients.parameters[name], dtype):
             columns.update({tensor.data_ptr(): tensor for tensor in (call.input, call.grad)})
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -154,12 +176,26 @@ def _bytes_per_token(
     return of_batch / tokens, sum(tensor.nbytes for tensor in columns.values()) / tokens
 
 
-def _operations_per_second(attributor: "SourceAttributor") -> float:
-    """Operations a second of the device, from a product of matrices."""
-    one = torch.ones(512, 512, dtype=attributor.dtype, device=attributor.device)
-    seconds = []
+def _longest(attributor: "SourceAttributor", gradients: RowGradients) -> tuple[torch.Size, bool]:
+    """Shape of the parameter whose part of `joint` curvature takes longest; whether it starts with a vocabulary."""
+    cost, known = JointCost(attributor.num_samples, 0.0, 0), gradients.vocabulary
+    parts = {name: cost.of(each.shape, False, name in known) for name, each in gradients.parameters.items()}
+    name = max(parts, key=parts.get)
+    return gradients.parameters[name].shape, name in known
+
+
+def _operations_per_second(attributor: "SourceAttributor", shape: torch.Size, diagonal_left: bool) -> float:
+    """Operations a second of the device, from second moments of gradients of this shape, turned on their sides."""
+    count = max(1, min(attributor.num_samples, _TURNED // shape.numel()))
+    grads = torch.ones(count, *shape, dtype=attributor.dtype, device=attributor.device)
+    matrices, seconds = as_matrices(grads), []
+    moments = GradientMoments(shape, diagonal_left)
+    if not moments.want_left and not moments.want_right:  # no side to turn: a sum over samples
+        moments.want_left = True
     for _ in range(4):  # the first is a warm-up
         start = clock(attributor.device)
-        float((one @ one)[0, 0])  # waits for the device
+        moments.add(matrices)
+        float(rotate(matrices, moments.left, moments.right)[0, 0, 0])  # waits for the device
         seconds.append(clock(attributor.device) - start)
-    return 2 * len(one) ** 3 / min(seconds[1:])
+    turned = sum(len(side) for side in (moments.left, moments.right) if side is not None)
+    return 4 * grads.numel() * turned / min(seconds[1:])

@@ -376,7 +376,7 @@ def _memory(
     total, model = sum(sizes) * element, sum(p.numel() * p.element_size() for p in gradients.model.parameters())
     if isinstance(attributor.options, ProjectedOptions):
         return {"model": model, **_projected_memory(attributor, num_queries)}
-    memory = {"model": model, "query vectors": 3 * num_queries * total, "a batch": speed.batch_bytes}
+    memory = {"model": model, "query vectors": 3 * num_queries * total, "a batch": speed.rows_bytes}
     if attributor.method in UNROLLING:
         steps = max(stage.num_steps for stage in attributor.record.stages)
         memory["query vectors"] *= 2  # moments of the adjoint beside it, and the products
@@ -407,16 +407,18 @@ def _memory(
                 for size, held in zip(sizes, columns, strict=True)
             )
             memory["segment"] = total  # its preconditioner
-            memory = _heaviest_phase(memory)
+            memory = _heaviest_phase(memory, speed.batch_bytes)
     return memory
 
 
-def _heaviest_phase(memory: dict[str, int]) -> dict[str, int]:
-    """A batch passes while the sample is taken or rows are scored; blocks come between."""
-    passing = {"a batch", "sample columns"}
-    fitting = {"sample columns", "sample space", "one parameter's block"}
-    heavy = max(passing, fitting, key=lambda phase: sum(memory[part] for part in phase))
-    return {part: size for part, size in memory.items() if part in heavy or part not in passing | fitting}
+def _heaviest_phase(memory: dict[str, int], batch: int) -> dict[str, int]:
+    """The sample is taken in batches, blocks are fitted to it, and then rows are scored in batches."""
+    fitted = ("sample columns", "sample space", "one parameter's block")
+    taking = {"a batch": batch, "sample columns": memory["sample columns"]}
+    fitting = {part: memory[part] for part in fitted}
+    scoring = {"a batch": memory["a batch"]}
+    always = {part: size for part, size in memory.items() if part not in ("a batch", *fitted)}
+    return always | max(taking, fitting, scoring, key=lambda phase: sum(phase.values()))
 
 
 def _held_columns(

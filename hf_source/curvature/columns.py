@@ -18,7 +18,7 @@ for, `x` and `dy` are kept instead, and gradients are made of them again, a few 
 time: the products are a third of the pass that gave them, which is not made again.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -80,7 +80,7 @@ class Columns:
     like: torch.Tensor
     scale: float
     piece_bytes: int
-    narrow: Callable[[torch.Tensor], torch.Tensor] | None = None
+    narrow: Narrowed | None = None
     dense: torch.Tensor | None = None
     parts: list[Part] = field(default_factory=list)
 
@@ -92,7 +92,8 @@ class Columns:
     def add(self, samples: slice, rule: Rule, call: Call) -> None:
         """A call of a pass over some samples; it is kept factored if that takes less and none was added up before."""
         count = samples.stop - samples.start
-        if self.dense is None and holds_factored(rule, call, count, self.like):
+        dtype = None if self.narrow is None else self.narrow.dtype
+        if self.dense is None and holds_factored(rule, call, count, self.like, dtype):
             if self.narrow is not None:
                 call = call.with_tensors(self.narrow(call.input), self.narrow(call.grad))
             self.parts.append(Part(samples, rule, call))
@@ -183,13 +184,16 @@ def _rows_of(call: Call, rows: slice, num_rows: int) -> Call:
     return call.with_tensors(*(part.flatten(0, 1) for part in parts))
 
 
-def holds_factored(rule: Rule, call: Call, rows: int, parameter: torch.Tensor) -> bool:
-    """Whether a call takes less than the gradients of its rows."""
-    return rule in FACTORED and _num_bytes(call) < rows * parameter.numel() * parameter.element_size()
+def holds_factored(
+    rule: Rule, call: Call, rows: int, parameter: torch.Tensor, dtype: torch.dtype | None = None
+) -> bool:
+    """Whether a call, held in a type, takes less than the gradients of its rows."""
+    return rule in FACTORED and _num_bytes(call, dtype) < rows * parameter.numel() * parameter.element_size()
 
 
-def _num_bytes(call: Call) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in (call.input, call.grad))
+def _num_bytes(call: Call, dtype: torch.dtype | None) -> int:
+    held = ((each, dtype if dtype and each.is_floating_point() else each.dtype) for each in (call.input, call.grad))
+    return sum(tensor.numel() * own.itemsize for tensor, own in held)
 
 
 def column_bytes(

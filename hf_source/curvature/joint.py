@@ -39,6 +39,7 @@ from typing import TypeVar
 import torch
 from scipy.linalg.lapack import dpstrf
 
+from ..budget import give_back
 from ..gradients.contraction import add_combined, add_factor_dots, add_factor_sums
 from ..gradients.rows import as_rows
 from ..gradients.rules import Call, Rule
@@ -186,6 +187,7 @@ class JointCurvature:
             trained = [name for name in names if flow.trains(name)]
             needed = trained if len(groups) > 1 else [name for name in names if name in wanted]
             columns = sample.columns(needed, self._piece_bytes)
+            give_back()
             for name in names:
                 q = vectors.pop(name) if consume else vectors[name].clone()
                 if name not in trained:
@@ -199,12 +201,15 @@ class JointCurvature:
                 if after:
                     (carried[name],) = after
                     del after
+                give_back(now=False)
                 if len(groups) > 1:
                     del columns[name]
             kept = columns if len(groups) == 1 else {}
         grams = {rate: gram.tril() + gram.tril(-1).T for rate, gram in grams.items()}
         space = SampleSpace(grams, projections, flow.length)
         self._finish(wanted, kept, space, count, scoring, carried, flow, sample)
+        del columns, kept
+        give_back()
         return scoring, carried
 
     @property

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from ..budget import NotEnoughMemoryError, Parts, why_out_of_memory
+from ..budget import NotEnoughMemoryError, Parts, give_back, why_out_of_memory
 from ..gradients.rows import Pass, RowGradients, as_rows
 from ..gradients.rules import Call, Rule
 from ..gradients.signs import curvature_task
@@ -251,8 +251,10 @@ class FisherSample:
 
         def add(name: str, samples: slice, rule: Rule, call: Call) -> None:
             nonlocal last
-            if narrow is not None and samples != last:
-                narrow.forget()
+            if samples != last:
+                if narrow is not None:
+                    narrow.forget()
+                give_back(now=False)
             last = samples
             result[name].add(samples, rule, call)
 

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..budget import give_back
 from ..curvature import FisherSample, Flow, JointCurvature, as_preconditioners, systematic_sample
 from ..gradients import RowGradients, RowLossTask
 from ..gradients.contraction import add_dots
@@ -76,6 +77,7 @@ def walk(
         vectors, known = resume.vectors(position, vectors, settings.device)
         ask = query_gradients if known is None else lambda gradients: {}
         gradients, names, vectors = open_stage(stages, position, rows, ask, settings, models, vectors)
+        give_back()
         if known is not None:
             vectors = {name: known[canonical] for name, canonical in names.items()}
         targets = settings.targets.get(stage.name, own)

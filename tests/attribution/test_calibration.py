@@ -13,15 +13,23 @@
 # limitations under the License.
 """What `plan()` counts and measures, against what the work does."""
 
+import importlib
+
 import oracles
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from hf_source import budget
 from hf_source.attribution import calibration
 from hf_source.attribution.cost import JointCost
+from hf_source.curvature.columns import Columns, Narrowed, column_bytes, holds_factored
 from hf_source.curvature.joint import GRAM_BLOCK, add_gram
 from hf_source.gradients import CausalLMTask, RowGradients
+from hf_source.gradients.rules import Call, linear_weight
+
+
+replay_cost = importlib.import_module("hf_source.source.replay_cost")  # the package has a function of that name
 
 
 class Rows:
@@ -81,3 +89,36 @@ def test_operations_of_the_gram_matrix_are_those_that_are_done():
     moved = 40 * 8 * len(rows) * 24
     assert none - moved == counted.get_total_flops() < 2 * len(rows) ** 2 * 24
     assert more > none
+
+
+def test_a_narrow_type_decides_what_is_held_factored():
+    """Four tokens of 8 + 8 numbers take as much as a matrix of 64 of them, and half of it in bfloat16."""
+    call = Call(None, (torch.zeros(2, 4, 8),), {}, (), (torch.zeros(2, 4, 8),))
+    parameter = torch.zeros(8, 8)
+    assert not holds_factored(linear_weight, call, 2, parameter)
+    assert holds_factored(linear_weight, call, 2, parameter, torch.bfloat16)
+    wide, narrow = Columns(2, parameter, 1.0, 2**20), Columns(2, parameter, 1.0, 2**20, Narrowed(torch.bfloat16))
+    for columns in (wide, narrow):
+        columns.add(slice(0, 2), linear_weight, call)
+    assert wide.dense is not None and narrow.dense is None
+    expected = column_bytes(parameter, 2, 8, [linear_weight], torch.bfloat16)
+    assert sum(part.call.input.nbytes + part.call.grad.nbytes for part in narrow.parts) == expected
+
+
+@pytest.mark.skipif(budget._malloc_trim() is None, reason="no glibc")
+def test_memory_that_was_freed_in_small_pieces_goes_back_to_the_system():
+    kept = [torch.ones(2**16) for _ in range(2 * 400)]  # 256 KiB each
+    before = budget.held_by_process()
+    del kept[::2]  # every other one, so that no end of the heap comes free
+    held = budget.held_by_process()
+    budget.give_back(now=False)  # has the process grown since the last time?
+    budget.give_back()
+    assert before - budget.held_by_process() > 0.8 * 100 * 2**20 > before - held
+    assert float(sum(each.sum() for each in kept)) == 400 * 2**16
+
+
+def test_a_long_step_of_a_replay_is_timed_once(monkeypatch):
+    spent = iter([0.0, 2.0, 10.0, 10.1, 20.0, 20.1])
+    monkeypatch.setattr(replay_cost, "clock", lambda device: next(spent))
+    assert replay_cost._shortest(lambda: None, torch.device("cpu")) == 2.0
+    assert replay_cost._shortest(lambda: None, torch.device("cpu")) == pytest.approx(0.1)

@@ -32,7 +32,7 @@ NARROW = 2**-7  # 4 roundings of bfloat16: of both factors of a product, of itse
 @pytest.fixture
 def always(monkeypatch):
     """Hold every call factored that can be, however small, and take every block from factors that can be."""
-    monkeypatch.setattr(columns_module, "_num_bytes", lambda call: 0)
+    monkeypatch.setattr(columns_module, "_num_bytes", lambda call, dtype: 0)
     monkeypatch.setattr(factored, "FACTORED_SIZE", 0)
     monkeypatch.setattr(factored, "multiplications", lambda *sizes: 0)
 
