@@ -49,6 +49,7 @@ from .granularity import Granularity, QueryGranularity, Span, check_choice, mark
 from .methods import METHODS, in_chunks
 from .methods.base import Scores
 from .plan import Plan, plan_tokens
+from .plan_filtered import filtered_plan, text_plan
 from .queries import Queries, refuse_one_text, same_queries
 from .reader import RunReader
 from .row_tokens import refuse_tokens, row_token_scores, rows_of
@@ -715,6 +716,20 @@ class SourceAttributor(Shared, RunReader):
 
         return build_index(self, folder, NUMBERS if numbers is None else numbers, precision)
 
+    @naming_the_fix()
+    def plan_index(self, numbers: int | None = None, precision: str = "int8") -> Plan:
+        """What `build_index` will cost, from a short calibration: `written` is the size of the index.
+
+        Args:
+            numbers, precision: as of `build_index`.
+
+        Raises:
+            UnsupportedError, ConfigError: as `build_index` does.
+        """
+        from ..index import NUMBERS, plan_index
+
+        return plan_index(self, NUMBERS if numbers is None else numbers, precision)
+
     def _open_index(self, index: "str | Path | SourceIndex") -> "SourceIndex":
         from ..index import SourceIndex, refuse_unfit
 
@@ -740,11 +755,19 @@ class SourceAttributor(Shared, RunReader):
         stage: str | None = None,
         granularity: Granularity = "row",
         query_granularity: QueryGranularity = "sequence",
+        filter: "str | Path | SourceAttributor | None" = None,
+        candidates: int = 1000,
     ) -> Plan:
         """What an attribution will cost, from a short calibration; nothing else is run.
 
         For Source, and for the methods that replay the run, it also says what the others would cost, which is the
-        better buy, and why. Arguments as of `scores`; without `stage`, the first one, so that all are walked through.
+        better buy, and why.
+
+        Args:
+            dataset, queries, stage, granularity, query_granularity: as of `scores`; without `stage`, the first one,
+                so that all are walked through.
+            filter, candidates: as of `top`: only rows that a cheaper method proposes are scored, of the stage that is
+                named, or of all of them.
         """
         record = self.record.stage(stage) if stage or len(self.record.stages) == 1 else self.record.stages[0]
         queries = self.split(queries, query_granularity)
@@ -754,6 +777,10 @@ class SourceAttributor(Shared, RunReader):
             return plan_tokens(self, queries, record, rows_of(self, record, dataset)[1])
         if dataset is not None:
             self.set_dataset(record.name, dataset)
+        if filter is not None:
+            return filtered_plan(self, queries, [record] if stage else list(self.record.stages), filter, candidates)
+        if METHODS[self.method].reads_text:
+            return text_plan(self, queries, list(self.record.stages[record.index :]))
         plan = advised_plan(self, queries, record)
         return plan if self.ensemble is None else self.ensemble.plan(plan)
 

@@ -92,7 +92,7 @@ def calibrate(
         nonlocal kept
         give_back()
         before = held_by_process()
-        found = _seconds_per_token(work, rows, chosen, attributor.device)
+        found = seconds_per_token(work, rows, chosen, attributor.device)
         kept = max(kept, held_by_process() - before)
         return found
 
@@ -130,9 +130,10 @@ def _projecting(
     return lambda batch: projector.project(own, own.run(batch))
 
 
-def _seconds_per_token(
+def seconds_per_token(
     work: Callable[[dict], object], rows: "StageRows", chosen: list[np.ndarray], device: torch.device
 ) -> float:
+    """Seconds that some work takes for each token of batches of rows."""
     work(rows.collated(chosen[0][:2], device))  # warm-up
     tokens = sum(int(rows.lengths[numbers].sum()) for numbers in chosen)
     start = clock(device)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .attributor import SourceAttributor
 
 
-_DRAWN = 256
+NUM_DRAWN = 256
 """Rows beside the candidates that tell what was missed."""
 
 
@@ -63,27 +63,23 @@ def filtered_top(
         UnsupportedError: for a method that does not walk, or an ensemble.
         ConfigError: if there are fewer candidates than rows wanted, or no such filter.
     """
-    if attributor.method not in ("source", "fast-source") or attributor.ensemble is not None:
-        what = f"method={attributor.method!r}" if attributor.ensemble is None else "an ensemble"
-        raise UnsupportedError(f"{what} scores all rows at once: a filter is for method='source' of one record.")
-    if attributor.index is not None:
-        raise ConfigError("Scores from an index need no filter: leave out `filter=`, or `index=` to score candidates.")
+    check_filter(attributor)
     if candidates < k * (1 + opposing):
         raise ConfigError(
             f"candidates={candidates}: at least as many as rows wanted ({k * (1 + opposing)}) are needed."
         )
-    proposer, name = _proposer(attributor, filter)
-    signed = opposing and METHODS[proposer.method].nats
+    proposing, name = proposer(attributor, filter)
+    signed = opposing and METHODS[proposing.method].nats
     proposed, drawn = {}, {}
     for stage in attributor.record.stages:
         trained, chosen = attributor.rows(stage).trained_rows, np.zeros(stage.num_rows, dtype=bool)
         if stage in stages:
-            scores = proposer._stage_scores(stage, queries)[:, trained]
+            scores = proposing._stage_scores(stage, queries)[:, trained]
             chosen[trained[_best(scores, candidates, signed)]] = True
         others = trained[~chosen[trained]] if stage in stages else trained[:0]
         generator = np.random.default_rng(attributor.seed)
         proposed[stage.name] = np.flatnonzero(chosen)
-        drawn[stage.name] = np.sort(generator.choice(others, size=min(_DRAWN, len(others)), replace=False))
+        drawn[stage.name] = np.sort(generator.choice(others, size=min(NUM_DRAWN, len(others)), replace=False))
     found = _scores(attributor, queries, stages, proposed, drawn)
     parts, notes = [], []
     for stage in stages:
@@ -96,7 +92,21 @@ def filtered_top(
     return with_note(table, "\n".join([*notes, attributor._notes([stage.name for stage in stages])]).strip())
 
 
-def _proposer(
+def check_filter(attributor: "SourceAttributor") -> None:
+    """Raise if the attributor's scores cannot be those of a few rows.
+
+    Raises:
+        UnsupportedError: for a method that does not walk, or an ensemble.
+        ConfigError: if it answers from an index.
+    """
+    if attributor.method not in ("source", "fast-source") or attributor.ensemble is not None:
+        what = f"method={attributor.method!r}" if attributor.ensemble is None else "an ensemble"
+        raise UnsupportedError(f"{what} scores all rows at once: a filter is for method='source' of one record.")
+    if attributor.index is not None:
+        raise ConfigError("Scores from an index need no filter: leave out `filter=`, or `index=` to score candidates.")
+
+
+def proposer(
     attributor: "SourceAttributor", filter: "str | Path | SourceAttributor"
 ) -> tuple["SourceAttributor", str]:
     """The attributor that proposes, and what to call it."""

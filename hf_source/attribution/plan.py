@@ -73,6 +73,8 @@ class Plan:
         training_tokens: that each member trains on first.
         advice: which method is the better buy, where that can be said.
         few_samples: names of stages that classify rows of which most are not in the sample.
+        filter: in two-stage search, what proposes the rows, and its own plan, which is part of `seconds`, `disk` and
+            `written`.
     """
 
     method: str
@@ -88,11 +90,13 @@ class Plan:
     training_tokens: int = 0
     advice: "Advice | None" = None
     few_samples: tuple[str, ...] = ()
+    filter: "tuple[str, Plan] | None" = None
 
     @property
     def peak_memory(self) -> int:
         """Bytes, beside the interpreter and its libraries."""
-        return sum(self.memory.values())
+        own = sum(self.memory.values())
+        return own if self.filter is None else max(own, self.filter[1].peak_memory)
 
     @property
     def _writes(self) -> str:
@@ -100,10 +104,14 @@ class Plan:
 
     def __str__(self) -> str:
         how = f"{self.method} ({self.curvature})" if self.method in CURVED else self.method
-        lines = [f"{how}: {self.num_queries} queries, {self.num_parameters:,} parameters"]
+        counted = f"{self.num_queries} queries, " if self.num_queries else ""
+        lines = [f"{how}: {counted}{self.num_parameters:,} parameters"]
         if self.members > 1:
             first = f", after training on {self.training_tokens:,} tokens" if self.training_tokens else ""
             lines.append(f"  {self.members} members, one after another, each{first}:")
+        if self.filter is not None:
+            name, own = self.filter
+            lines.append(f"  first {name}: about {own.seconds:,.1f} s, {own.peak_memory / 2**20:,.0f} MiB")
         for stage in self.stages:
             if not stage.num_segments:
                 lines.append(f"  look up {stage.name!r}: {stage.num_rows:,} rows")

@@ -31,7 +31,9 @@ from .index import index
 from .opening import open_attributor, read_rows
 from .options import (
     SAMPLES_HELP,
+    Candidates,
     DatasetPath,
+    Filter,
     GranularityName,
     GranularityOption,
     Index,
@@ -150,10 +152,13 @@ def plan(
     stage: Stage = None,
     dataset: DatasetPath = None,
     granularity: GranularityOption = GranularityName.row,
+    filter: Filter = None,
+    candidates: Candidates = 1000,
 ) -> None:
-    """Tell passes, time and memory of an attribution before it runs."""
+    """Tell passes, time and memory of an attribution, or with --filter of `top`, before it runs."""
     attributor = models.open(record, scoring)
-    typer.echo(str(attributor.plan(read_rows(dataset), asked.read(attributor), stage, granularity.value)))
+    asked_of = read_rows(dataset), asked.read(attributor), stage, granularity.value
+    typer.echo(str(attributor.plan(*asked_of, filter=filter, candidates=candidates)))
 
 
 @command(app)
@@ -202,13 +207,8 @@ def top(
     opposing: Annotated[bool, typer.Option(help="Also show the rows that speak against it.")] = True,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write an HTML page.")] = None,
     index: Index = None,
-    filter: Annotated[
-        str | None,
-        typer.Option(
-            help="Score only rows that a cheap method (bm25), or an index (folder or id), proposes.", metavar="FILTER"
-        ),
-    ] = None,
-    candidates: Annotated[int, typer.Option(help="Rows that --filter proposes per query and stage.")] = 1000,
+    filter: Filter = None,
+    candidates: Candidates = 1000,
 ) -> None:
     """Show the rows of every stage that support or oppose what was said most."""
     from rich.console import Console

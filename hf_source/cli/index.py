@@ -31,6 +31,7 @@ def index(
     ] = None,
     precision: Annotated[str, typer.Option(help="Of the numbers: int8 or full.")] = "int8",
     dataset: Datasets = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only tell time, memory and size of it.")] = False,
     push: Annotated[
         str | None, typer.Option(help="Also publish it, as this dataset repository on the Hub (user/name).")
     ] = None,
@@ -43,6 +44,9 @@ def index(
     from ..index import SourceIndex
 
     attributor = scoring.open_with(dataset, record)
+    if plan:
+        typer.echo(str(attributor.plan_index(numbers, precision)))
+        return
     built = SourceIndex.load(attributor.build_index(folder, numbers, precision))
     typer.echo(f"Wrote {folder}: {built.num_bytes / 2**20:,.1f} MiB. {built.note(built.stages)}")
     if push is not None:

@@ -158,3 +158,10 @@ ReportFolder = Annotated[
 ]
 Cache = Annotated[Path | None, typer.Option(help="Folder of finished retrainings.", show_default="the record's")]
 Revision = Annotated[str | None, typer.Option(help="Branch on the Hub.", show_default="main")]
+Filter = Annotated[
+    str | None,
+    typer.Option(
+        help="Score only rows that a cheap method (bm25), or an index (folder or id), proposes.", metavar="FILTER"
+    ),
+]
+Candidates = Annotated[int, typer.Option(help="Rows that --filter proposes per query and stage.")]

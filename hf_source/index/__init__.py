@@ -15,8 +15,18 @@
 
 from .build import NUMBERS, build_index
 from .coordinates import Coordinates
+from .planning import plan_index
 from .responses import Responses
 from .search import SourceIndex, index_scores, refuse_unfit
 
 
-__all__ = ["NUMBERS", "Coordinates", "Responses", "SourceIndex", "build_index", "index_scores", "refuse_unfit"]
+__all__ = [
+    "NUMBERS",
+    "Coordinates",
+    "Responses",
+    "SourceIndex",
+    "build_index",
+    "index_scores",
+    "plan_index",
+    "refuse_unfit",
+]

@@ -44,7 +44,12 @@ NUMBERS = 2048
 """Numbers kept of a row: the fewest (in powers of two) that kept 90 % of the LDS in `benchmarks/index.json`."""
 
 METHODS = ("source", "fast-source")
-_CHECKS = 16
+NUM_CHECKS = 16
+"""Queries that an index is measured with."""
+
+MEASURED_ROWS = 2**17
+"""Rows that it is measured on, or somewhat fewer."""
+
 _PATIENCE = 8  # passes worth of samples for each pass over the rows before a warning is given
 _SEED = 104729  # of the sample at the final weights, apart from those of segments
 
@@ -54,7 +59,7 @@ def build_index(
 ) -> Path:
     """Build an index, or go on with one that was cut off. See `SourceAttributor.build_index`."""
     folder = Path(folder).expanduser()
-    _check(attributor, numbers, precision)
+    check(attributor, numbers, precision)
     attributor.record.require_complete()
     responses = Responses(attributor)
     gradients = responses.final()
@@ -93,7 +98,13 @@ def build_index(
     return folder
 
 
-def _check(attributor: "SourceAttributor", numbers: int, precision: str) -> None:
+def check(attributor: "SourceAttributor", numbers: int, precision: str) -> None:
+    """Raise if there cannot be such an index.
+
+    Raises:
+        UnsupportedError: for a method other than Source, or an ensemble.
+        ConfigError: if a setting is impossible.
+    """
     if attributor.index is not None:
         raise ConfigError("This attributor answers from an index already: build from one without `index=`.")
     if attributor.method not in METHODS or attributor.ensemble is not None:
@@ -136,7 +147,7 @@ def _final_sample(responses: Responses, size: int, seed: int) -> FisherSample:
 
 def _check_queries(responses: Responses) -> Vectors:
     """Queries that the accuracy is measured with: rows with labels drawn anew."""
-    sample = _final_sample(responses, _CHECKS, _SEED + 1)
+    sample = _final_sample(responses, NUM_CHECKS, _SEED + 1)
     return sample.matrices(list(sample.gradients.parameters))
 
 
@@ -151,12 +162,17 @@ def _files(responses: Responses, at_once: int) -> Iterator[tuple[str, int, np.nd
 
 
 def _measured(attributor: "SourceAttributor", folder: Path, files: list, asked: np.ndarray) -> list[dict[str, Any]]:
-    """Each stage's files, and how the index ranks its rows compared with the full computation."""
+    """Each stage's files, and how the index ranks its rows, or some of very many, compared with the full computation.
+
+    One file is in memory at a time, and no more than so many scores.
+    """
     stages = []
     for position, stage in enumerate(attributor.record.stages):
         names = [name for name, own, _ in files if own == position]
         exact, found = [], []
-        for name in names:
+        rows_in_all = sum(len(numbers) for _, own, numbers in files if own == position)
+        every = max(1, -(-rows_in_all // MEASURED_ROWS))
+        for name in names[::every]:
             rows, _, truth = read_rows(folder / name)
             exact.append(truth)
             found.append(rows.times(asked))

@@ -39,7 +39,7 @@ def as_rows(table):
 
 @pytest.mark.parametrize("filter", ["bm25", "attributor", "index"])
 def test_candidates_get_the_scores_of_the_full_walk(story, queries, tmp_path, monkeypatch, filter):
-    monkeypatch.setattr(filtered, "_DRAWN", 0)
+    monkeypatch.setattr(filtered, "NUM_DRAWN", 0)
     scorer = attributor(story)
     if filter == "attributor":
         filter = scorer.like(method="grad-dot")
@@ -66,7 +66,7 @@ def test_rows_that_the_filter_left_out_are_not_scored(story, queries, monkeypatc
 
     monkeypatch.setattr(module, "score_rows", counting)
     for drawn, expected in ((0, 2 * 2), (3, 2 * (2 + 3))):
-        monkeypatch.setattr(filtered, "_DRAWN", drawn)
+        monkeypatch.setattr(filtered, "NUM_DRAWN", drawn)
         counts.clear()
         given = {"k": 1, "opposing": False, "stages": ["pretrain"], "filter": "bm25", "candidates": 2}
         attributor(story).top(queries.select([0]), **given)
@@ -90,11 +90,43 @@ def test_the_note_says_what_may_be_missed(story, queries):
 
 
 def test_a_filter_with_a_sign_proposes_opposing_rows_too(story, queries, monkeypatch):
-    monkeypatch.setattr(filtered, "_DRAWN", 0)
+    monkeypatch.setattr(filtered, "NUM_DRAWN", 0)
     scorer = attributor(story)
     exact = scorer.top(queries.select([0]), k=1, stages=["pretrain"])
     found = scorer.top(queries.select([0]), k=1, stages=["pretrain"], filter=scorer.like(num_samples=16), candidates=2)
     assert as_rows(found).keys() == as_rows(exact).keys()
+
+
+def test_the_plan_counts_the_candidates_and_the_filter(story, queries, tmp_path, monkeypatch):
+    monkeypatch.setattr(filtered, "NUM_DRAWN", 1)
+    scorer = attributor(story)
+    whole, plan = scorer.plan(None, queries), scorer.plan(None, queries, filter="bm25", candidates=1)
+    assert [stage.num_rows for stage in plan.stages] == [3, 3]  # of each query one, and one at random
+    for some, every in zip(plan.stages, whole.stages, strict=True):
+        assert some.sample_tokens == every.sample_tokens
+        assert some.score_tokens == int(every.score_tokens * 3 / every.num_rows)
+    name, own = plan.filter
+    assert name == "bm25" and 0 < own.seconds < plan.seconds and own.memory["texts"] > 0
+    assert [stage.num_rows for stage in own.stages] == [4, 8] and "first bm25" in str(plan)
+    first = scorer.plan(None, queries, "pretrain", filter=scorer.like(method="grad-dot"), candidates=1)
+    assert [stage.score_tokens for stage in first.stages][0] == 0 and first.filter[1].stages[0].score_tokens > 0
+    assert first.peak_memory == max(sum(first.memory.values()), first.filter[1].peak_memory)
+    index = scorer.build_index(tmp_path / "index", numbers=50)
+    assert "the index" in scorer.plan(None, queries, filter=index, candidates=1).filter[1].memory
+
+
+def test_the_plan_of_a_method_that_reads_texts_builds_no_model(story, queries, monkeypatch):
+    monkeypatch.setattr(SourceAttributor, "build_model", lambda *given: pytest.fail("a model was built"))
+
+    class Encoder:
+        def encode(self, texts):
+            return [[len(text), 1.0] for text in texts]
+
+    for settings in ({"method": "bm25"}, {"method": "embedding", "encoder": Encoder()}):
+        plan = attributor(story, **settings).plan(None, queries)
+        assert plan.seconds > 0 and plan.peak_memory > 0 and "look up 'pretrain': 8 rows" in str(plan)
+    with pytest.raises(UnsupportedError, match="scores all rows at once"):
+        attributor(story, method="bm25").plan(None, queries, filter="bm25")
 
 
 def test_estimated_recall_is_right_on_average():

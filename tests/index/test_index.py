@@ -32,7 +32,7 @@ from hf_source import Queries, SourceAttributor, SourceIndex, TrainingRecord
 from hf_source.cli import app
 from hf_source.errors import ConfigError, DataError, UnsupportedError
 from hf_source.evaluation import evaluate
-from hf_source.index import files
+from hf_source.index import build, files
 
 from ..cases import byte_tokenizer, config, tiny_gpt2
 from ..story import facts, tell
@@ -109,6 +109,49 @@ def test_the_plan_of_an_index(story, built, queries):
     assert plan.memory["the index"] == quick.index.num_bytes and plan.memory["model"] == model
     assert 0 < plan.seconds < full.seconds and "sample columns" not in plan.memory
     assert "look up 'pretrain': 8 rows" in str(plan) and "passes over" in str(full)
+
+
+@pytest.mark.parametrize(("numbers", "precision"), [(300, "int8"), (40, "int8"), (300, "full")])
+def test_the_plan_of_a_build_tells_its_size(story, tmp_path, numbers, precision):
+    maker = attributor(story)
+    maker.memory_budget = 6 * 4 * 8500 * 3
+    plan = maker.plan_index(numbers, precision)
+    found = SourceIndex.load(maker.build_index(tmp_path / "index", numbers, precision)).num_bytes
+    assert plan.written == pytest.approx(found, rel=0.1)
+    files = [len(list((tmp_path / "index" / "rows").glob(f"{stage}-*"))) for stage in (1, 0)]  # last stage first
+    segments = [2, 4]  # of the stage and those after it
+    assert [stage.sample_passes for stage in plan.stages] == [
+        count * own * (plan.stages[0].sample_passes // (files[0] * 2))
+        for count, own in zip(files, segments, strict=True)
+    ]
+    assert plan.seconds > 0 and "responses" in plan.memory and "keeps up to" in str(plan)
+
+
+def test_more_rows_take_no_more_memory(story, tmp_path, monkeypatch):
+    """Rows are computed, packed and read again so many at once, and measured on some of very many."""
+    sizes = {"computed": [], "packed": [], "read": []}
+    of, largest, times = build.Responses.of, build.SparseRows.largest, build.SparseRows.times
+
+    def noted(kind, function, count):
+        def call(*args):
+            sizes[kind].append(count(*args))
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(build.Responses, "of", noted("computed", of, lambda self, stage, rows: len(rows)))
+    monkeypatch.setattr(build.SparseRows, "largest", noted("packed", largest, lambda dense, *given: len(dense)))
+    monkeypatch.setattr(build.SparseRows, "times", noted("read", times, lambda self, asked: len(self.scales)))
+    monkeypatch.setattr(build, "MEASURED_ROWS", 4)
+    maker = attributor(story)
+    maker.memory_budget = 6 * 4 * 8500 * 3
+    index = SourceIndex.load(maker.build_index(tmp_path / "index", numbers=50))
+    assert {kind: max(counts) for kind, counts in sizes.items()} == {"computed": 2, "packed": 2, "read": 2}
+    assert len(sizes["computed"]) == 6 and len(sizes["read"]) == 4  # of four files of the first stage two
+    assert index.accuracy("pretrain")["rows"] == 4 and index.accuracy("sft")["rows"] == 4
+    sizes["read"].clear()
+    attributor(story, index=index).scores(None, Queries.from_text(["Peru:"], [" Lima"]), "pretrain")
+    assert max(sizes["read"]) == 2
 
 
 def test_what_the_files_hold(story, built):

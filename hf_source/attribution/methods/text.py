@@ -14,19 +14,24 @@
 """`bm25` and `embedding`: texts compared, no gradients. The baselines that beat half of the field."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...errors import ConfigError
+from ...recording import StageRecord
 from ..queries import Queries
 from .base import Scores
 
 
 if TYPE_CHECKING:
     from ..attributor import SourceAttributor
+
+
+Compare = Callable[[Sequence[str], Sequence[str]], np.ndarray]
+"""`(texts of rows, texts of queries) -> [queries, rows]`."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +51,53 @@ def bm25(attributor: "SourceAttributor", queries: Queries) -> Scores:
     Raises:
         ConfigError: if rank_bm25 is not installed.
     """
+    compare = _bm25()
+    for stage in reversed(attributor.record.stages):
+        scores = np.zeros((len(queries), stage.num_rows), dtype=np.float32)
+        mine = attributor.share(range(len(queries)))
+        asked = texts_of(queries)
+        found = compare(row_texts(attributor, stage), [asked[query] for query in mine])
+        scores[np.ix_(mine, attributor.rows(stage).trained_rows)] = found
+        yield stage, scores
+
+
+def _bm25() -> Compare:
     try:
         from rank_bm25 import BM25Okapi
     except ImportError as error:
         raise ConfigError("method='bm25' needs the package rank_bm25: pip install rank_bm25.") from error
-    for stage in reversed(attributor.record.stages):
-        rows = attributor.rows(stage)
-        index = BM25Okapi([_words(rows.text(row, attributor.processing_class)) for row in rows.trained_rows])
-        scores = np.zeros((len(queries), stage.num_rows), dtype=np.float32)
-        for position, (_, prompt, completion) in attributor.share(list(enumerate(queries))):
-            scores[position, rows.trained_rows] = index.get_scores(_words(prompt + completion))
-        yield stage, scores
+
+    def compare(texts: Sequence[str], asked: Sequence[str]) -> np.ndarray:
+        index = BM25Okapi([_words(text) for text in texts])
+        return np.stack([index.get_scores(_words(text)) for text in asked]) if asked else np.zeros((0, len(texts)))
+
+    return compare
 
 
 def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower()) or [""]
+
+
+def comparer(attributor: "SourceAttributor") -> Compare:
+    """What the attributor's method does with texts of rows and of queries."""
+    if attributor.method == "bm25":
+        return _bm25()
+    encode = _encoder(attributor.options.encoder)
+    return lambda texts, asked: encode(list(asked)) @ encode(list(texts)).T
+
+
+def texts_of(queries: Queries) -> list[str]:
+    """What rows are compared with."""
+    return [prompt + completion for _, prompt, completion in queries]
+
+
+def row_texts(attributor: "SourceAttributor", stage: StageRecord, most: int | None = None) -> list[str]:
+    """Texts of the rows that trained, or of `most` of them from all over the dataset."""
+    rows = attributor.rows(stage)
+    numbers = rows.trained_rows
+    if most is not None and len(numbers) > most:
+        numbers = numbers[np.linspace(0, len(numbers) - 1, most).astype(int)]
+    return [rows.text(row, attributor.processing_class) for row in numbers]
 
 
 def embedding(attributor: "SourceAttributor", queries: Queries) -> Scores:
@@ -73,7 +110,7 @@ def embedding(attributor: "SourceAttributor", queries: Queries) -> Scores:
         ConfigError: if there is no encoder.
     """
     encode = _encoder(attributor.options.encoder)
-    asked = encode([prompt + completion for _, prompt, completion in queries])
+    asked = encode(texts_of(queries))
     for stage in reversed(attributor.record.stages):
         rows = attributor.rows(stage)
         scores = np.zeros((len(queries), stage.num_rows), dtype=np.float32)
