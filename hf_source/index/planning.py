@@ -89,7 +89,7 @@ def _row_seconds(attributor: "SourceAttributor", responses: Responses, gradients
 
 
 def _stage_plan(responses: Responses, position: int, at_once: int) -> StagePlan:
-    """Gradients of a stage's rows in segments that visited them; each file takes the samples of those and later ones."""
+    """Gradients of a stage's rows in segments that visited them; each file takes those samples and later ones."""
     attributor, stage = responses.attributor, responses.stages[position]
     rows = responses.rows[stage.name]
     places = [len(part.checkpoint_steps) if responses.settings.checkpoints else 1 for part in stage.segments]
