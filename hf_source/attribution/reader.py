@@ -41,6 +41,7 @@ from ..gradients import (
     task_for,
 )
 from ..gradients.heads import LABELS
+from ..gradients.rerun import enable as enable_rerun
 from ..recording import StageRecord, TrainingRecord
 from ..recording.quantized import keep_differentiable
 from .asking import ask
@@ -54,8 +55,8 @@ class RunReader:
     Args:
         record: what training left behind.
         reads_text: rows are compared by their text alone, so that no loss of theirs need be known.
-        datasets, model, task, measurement, data_collator, max_tokens_per_batch, dtype, accelerator, progress: see
-            `SourceAttributor`.
+        datasets, model, task, measurement, data_collator, max_tokens_per_batch, dtype, accelerator, progress,
+            gradient_checkpointing: see `SourceAttributor`.
 
     Raises:
         ConfigError: if a task lacks a method, the measurement is unknown, or a setting is of another kind.
@@ -76,6 +77,7 @@ class RunReader:
         accelerator: Accelerator | None,
         progress: bool,
         reads_text: bool,
+        gradient_checkpointing: bool = False,
     ) -> None:
         for own in task.values() if isinstance(task, Mapping) else [task]:
             refuse_incomplete(own)
@@ -95,6 +97,7 @@ class RunReader:
         self.processing_class = record.processing_class()
         self.make_model = model
         self._reads_text = reads_text
+        self.gradient_checkpointing = gradient_checkpointing
         self._datasets: dict[str, Dataset] = {}
         self._rows: dict[str, StageRows] = {}
         # What a member of an ensemble changes of a model, and the parameters it chooses at the final weights.
@@ -198,6 +201,8 @@ class RunReader:
         model = model.to(self.device, self.dtype).eval()
         if self._change_model is not None:
             self._change_model(model, stage)
+        if self.gradient_checkpointing:
+            enable_rerun(model)
         return model
 
     def final_parameters(self, model: nn.Module, recorded: list[str]) -> list[str]:

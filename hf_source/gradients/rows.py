@@ -38,6 +38,7 @@ from ..budget import is_out_of_memory
 from ..errors import UnsupportedError
 from .convolutions import channel_rules, mixes_rows
 from .recompute import NotByRow, cut, recomputed, tensors_of
+from .rerun import Rerun, leaves_of, with_grads
 from .rules import Call, Rule, rules_for
 from .task import Batch, Task, task_labels
 
@@ -199,35 +200,45 @@ class RowGradients:
         Returns:
             The pass, without the calls that were consumed.
         """
-        asked, leaves = set(names), []
+        asked = set(names)
         names = [name for name in self.parameters if name in asked]  # one order, so that sums round in one way
         given = task_labels(self.task, batch) if labels is None else labels
         modules = {module for name in names for module in self._modules_for(name)}
-        with self._captured(modules, len(given) * getattr(self.task, "sequences_per_row", 1), leaves) as calls:
+        sequences = len(given) * getattr(self.task, "sequences_per_row", 1)
+        with Rerun(self.model) as rerun, self._captured(modules, sequences, rerun) as calls:
             with torch.enable_grad():
                 outputs = self.task.forward(self.model, batch)
-        if generator is not None:
-            given = self.task.sample_labels(outputs.detach(), given, generator)
-        with torch.enable_grad():
-            losses = self.task.row_losses(outputs, given)
-        del outputs
-        done = Pass(batch, given, losses.detach())
-        streamed = [name for name in names if self.ruled(name) and self._will_fit(name, done, calls)]
-        wanted: dict[nn.Module, list[tuple[str, Rule]]] = {}
-        for name in streamed:
-            for use in self.uses[name]:
-                wanted.setdefault(use.module, []).append((name, use.rule))
+            if generator is not None:
+                given = self.task.sample_labels(outputs.detach(), given, generator)
+            with torch.enable_grad():
+                losses = self.task.row_losses(outputs, given)
+            del outputs
+            done = Pass(batch, given, losses.detach())
+            made = {**calls, **rerun.shapes}
+            streamed = [name for name in names if self.ruled(name) and self._will_fit(name, done, made)]
+            del made
+            wanted: dict[nn.Module, list[tuple[str, Rule]]] = {}
+            for name in streamed:
+                for use in self.uses[name]:
+                    wanted.setdefault(use.module, []).append((name, use.rule))
 
-        def arrived(call: Call, grad: torch.Tensor) -> None:
-            finished = call.with_tensors(call.input, grad.detach())
-            for name, rule in wanted[call.module]:
-                consume(name, rule, finished, done.num_rows)
+            def arrived(call: Call, grad: torch.Tensor) -> None:
+                finished = call.with_tensors(call.input, grad.detach())
+                for name, rule in wanted[call.module]:
+                    consume(name, rule, finished, done.num_rows)
 
-        for module in wanted:
-            for call in calls.get(module, ()):
-                call.outputs[0].register_hook(partial(arrived, call.with_tensors(call.input, None)))
-        kept = {module for name in names if name not in streamed for module in self._modules_for(name)}
-        done.calls = self._backward(losses, [call for module in kept for call in calls.pop(module, ())], False, leaves)
+            def watch(calls: Mapping[nn.Module, list[Call]]) -> None:
+                for module in wanted:
+                    for call in calls.get(module, ()):
+                        call.outputs[0].register_hook(partial(arrived, call.with_tensors(call.input, None)))
+
+            watch(calls)
+            kept = {module for name in names if name not in streamed for module in self._modules_for(name)}
+            rerun.go_back(watch, kept)
+            of_kept = [call for module in kept for call in calls.pop(module, ())]
+            done.calls = self._backward(losses, of_kept, False, leaves_of(losses))
+            for module, own in rerun.kept.items():
+                done.calls.setdefault(module, []).extend(own)
         rest = [name for name in names if name not in streamed]
         for name, rows, grads in self.blocks(done, rest):
             consume_rows(name, rows, grads)
@@ -276,12 +287,9 @@ class RowGradients:
         if not outputs and not (leaves and losses.requires_grad):
             return found
         # Down to the leaves too: what is on the way there calls its hooks.
-        grads = iter(torch.autograd.grad(losses.sum(), [*outputs, *leaves], retain_graph=keep, allow_unused=True))
-        for call in made:
-            own = tuple(next(grads) if output.requires_grad else None for output in call.outputs)
-            if any(grad is not None for grad in own):  # None for DoRA's look at its own weights, whatever its layout
-                plain = tuple(output.detach() for output in call.outputs)
-                found.setdefault(call.module, []).append(Call(call.module, call.args, call.kwargs, plain, own))
+        grads = torch.autograd.grad(losses.sum(), [*outputs, *leaves], retain_graph=keep, allow_unused=True)
+        for call in with_grads(made, grads):
+            found.setdefault(call.module, []).append(call)
         return found
 
     def blocks(self, done: Pass, names: Iterable[str] | None = None) -> Iterator[tuple[str, slice, torch.Tensor]]:
@@ -474,7 +482,10 @@ class RowGradients:
 
     @contextmanager
     def _captured(
-        self, modules: Iterable[nn.Module], sequences: int, leaves: list[torch.Tensor] | None = None
+        self,
+        modules: Iterable[nn.Module],
+        sequences: int,
+        rerun: Rerun | None = None,
     ) -> Iterator[dict[nn.Module, list[Call]]]:
         """Record calls of the modules. All parameters are frozen meanwhile; outputs carry the gradient instead."""
         calls: dict[nn.Module, list[Call]] = {}
@@ -486,10 +497,13 @@ class RowGradients:
             return None
 
         def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-            output, found = _with_gradient(output, leaves)
+            if rerun is not None and rerun.passes_over(module, output):
+                return output
+            output, found = _with_gradient(output)
             if found:
                 given = (tree_map(_plain, held) for held in (args, kwargs))
-                calls.setdefault(module, []).append(Call(module, *given, found))
+                place = calls if rerun is None else rerun.place(calls)
+                place.setdefault(module, []).append(Call(module, *given, found))
             return output
 
         handles = []
@@ -518,18 +532,15 @@ class RowGradients:
                 parameter.requires_grad_(flag)
 
 
-def _with_gradient(output: Any, leaves: list[torch.Tensor] | None = None) -> tuple[Any, tuple[torch.Tensor, ...]]:
-    """A module's output with gradients asked for, and its tensors; `leaves` gets where a graph begins with it."""
+def _with_gradient(output: Any) -> tuple[Any, tuple[torch.Tensor, ...]]:
+    """A module's output with gradients asked for, and its tensors."""
     found = tensors_of(output)
     if not found or any(tensor.requires_grad for tensor in found):
         return output, tuple(found)
     if isinstance(output, torch.Tensor):
-        leaf = output.detach().requires_grad_(True)
-        output = leaf.view_as(output)
-        if leaves is not None:
-            leaves.append(leaf)
+        output = output.detach().requires_grad_(True).view_as(output)
     elif type(output) in (tuple, list):
-        output = type(output)(_with_gradient(part, leaves)[0] for part in output)
+        output = type(output)(_with_gradient(part)[0] for part in output)
     else:
         return output, ()
     return output, tuple(tensors_of(output))
