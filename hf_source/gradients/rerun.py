@@ -13,7 +13,7 @@
 # limitations under the License.
 """Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): layers that are run again on the way back.
 
-Of such a layer only what goes in is kept. The way back runs it again, with a graph, whose calls then give the gradients
+Of such a layer only what goes in is kept. The way back runs it again, with a graph whose calls then give the gradients
 of its rows; so calls of one layer are held at a time, for a third more arithmetic. The first run leaves no calls. What
 torch and transformers have is of no use here: it runs layers again only in training mode, and goes back through the
 graph of the first run, whose calls hold what was to be let go.

@@ -24,7 +24,7 @@ backward pass per row through the whole model: slower, never silently left out.
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -541,6 +541,10 @@ def _with_gradient(output: Any) -> tuple[Any, tuple[torch.Tensor, ...]]:
         output = output.detach().requires_grad_(True).view_as(output)
     elif type(output) in (tuple, list):
         output = type(output)(_with_gradient(part)[0] for part in output)
+    elif isinstance(output, MutableMapping):  # what models of transformers give
+        output = copy.copy(output)
+        for key, part in list(output.items()):
+            output[key] = _with_gradient(part)[0]
     else:
         return output, ()
     return output, tuple(tensors_of(output))
