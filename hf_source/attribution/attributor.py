@@ -39,7 +39,7 @@ from ..outputs.trust import trust_note
 from ..recording import StageRecord, TrainingRecord
 from ..recording.digest import digest, record_digest
 from ..recording.reading.assumed import visits_note
-from ..source import WalkSettings, Work
+from ..source import Together, WalkSettings, Work
 from .advice import advised_plan
 from .alone import final_losses, own_influence
 from .ensembles import ENSEMBLES, check_agreement, make_ensemble, split_settings
@@ -318,7 +318,7 @@ class SourceAttributor(Shared, RunReader):
             self.dtype,
             self.device,
             self.seed,
-            (self.accelerator.process_index, self.accelerator.num_processes),
+            Together(self.accelerator.process_index, self.accelerator.num_processes),
             self.momentum,
             self.progress,
             probes=self.probes,

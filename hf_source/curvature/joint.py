@@ -30,7 +30,7 @@ block (`block.py`), fitted on the same samples and applied to `q` first, `exp ~ 
 samples whitened by the rank-one factorisation of `P` (`factored.py`), at a fraction of the cost.
 """
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -161,6 +161,7 @@ class JointCurvature:
         carry: bool = True,
         consume: bool = False,
         carried: MutableMapping[str, torch.Tensor] | None = None,
+        total: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> tuple[Vectors, Vectors]:
         """Carry query vectors through a segment.
 
@@ -172,6 +173,7 @@ class JointCurvature:
             consume: take the vectors out of `vectors` and use their memory.
             carried: where to put `q'`; a new dictionary by default. If it gives copies, they are held one at a time,
                 but where the sample does not fit the memory budget.
+            total: sums a tensor over processes that have the vectors of other parameters; they may have none.
 
         Returns:
             `x = F_r^T q` (only on parameters that the segment trains) and `q' = exp(-s (P H + Lambda))^T q`.
@@ -186,7 +188,7 @@ class JointCurvature:
         for names in groups:
             trained = [name for name in names if flow.trains(name)]
             needed = trained if len(groups) > 1 else [name for name in names if name in wanted]
-            columns = sample.columns(needed, self._piece_bytes)
+            columns = sample.columns(needed, self._piece_bytes) if needed else {}
             give_back()
             for name in names:
                 q = vectors.pop(name) if consume else vectors[name].clone()
@@ -205,6 +207,8 @@ class JointCurvature:
                 if len(groups) > 1:
                     del columns[name]
             kept = columns if len(groups) == 1 else {}
+        if total is not None:
+            grams, projections = _of_all(grams, projections, flow, (sample.size, count * (2 if carry else 1)), total)
         grams = {rate: gram.tril() + gram.tril(-1).T for rate, gram in grams.items()}
         space = SampleSpace(grams, projections, flow.length)
         self._finish(wanted, kept, space, count, scoring, carried, flow, sample)
@@ -357,6 +361,23 @@ class Whitened:
         narrow = dtype if dtype.itemsize < self.columns.like.element_size() else None
         for part, own in self.columns.slices(whole=self.whole, dtype=narrow):
             yield part, self.preconditioner.root_of(own, part)
+
+
+def _of_all(
+    grams: Mapping[float, torch.Tensor],
+    projections: Mapping[float, torch.Tensor],
+    flow: Flow,
+    shape: tuple[int, int],
+    total: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[dict[float, torch.Tensor], dict[float, torch.Tensor]]:
+    """`K` and `b` summed over processes, each of which may have no parameter of some rates."""
+    like = dict(dtype=torch.float64, device=next(iter(flow.decay.values())).device)
+    rates = sorted({common_rate(flow, name) for name in flow.preconditioner if flow.trains(name)})
+    sizes = ((shape[0], shape[0]), shape)
+    return tuple(
+        {rate: total(own[rate] if rate in own else torch.zeros(size, **like)) for rate in rates}
+        for own, size in zip((grams, projections), sizes, strict=True)
+    )
 
 
 GRAM_BLOCK = 256

@@ -17,6 +17,7 @@ from .products import DIRECTIONS_BYTES, ExactProducts, Products, SampledProducts
 from .replay_cost import ReplayCost, replay_cost
 from .self_influence import self_influence
 from .stages import WalkSettings, wanted_parameters
+from .together import Together
 from .unrolled import refuse_inexact, refuse_other_runs, state_stride, unroll
 from .walk import draw_sample, score_rows, segment_flow, walk
 from .work import Work
@@ -28,6 +29,7 @@ __all__ = [
     "Products",
     "ReplayCost",
     "SampledProducts",
+    "Together",
     "WalkSettings",
     "Work",
     "draw_sample",

@@ -14,7 +14,8 @@
 """Where a walk goes on that was cut off: the segments that are done, and the vectors before the next one."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -31,23 +32,23 @@ class Resume:
     Args:
         stages: in the order of training.
         work: where it is kept.
+        least: the smallest of the numbers that the processes have; they go on where the slowest was killed.
     """
 
-    def __init__(self, stages: Sequence[StageRecord], work: Work) -> None:
+    def __init__(
+        self, stages: Sequence[StageRecord], work: Work, least: Callable[[int], int] = lambda number: number
+    ) -> None:
         self.stages, self.work = stages, work
         order = [(position, segment) for position in range(len(stages) - 1, -1, -1)
                  for segment in reversed(stages[position].segments)]  # fmt: skip
-        self.done = set()
-        self.last: tuple[int, SegmentRecord] | None = None
-        for position, segment in order:
-            if not work.has(f"{work_key(position, segment)}.done"):
-                break
-            self.done.add((position, segment.index))
-            self.last = (position, segment)
+        done = list(takewhile(lambda place: work.has(f"{work_key(*place)}.done"), order))
+        done = done[: least(len(done))]
         # Vectors after the last segment that is done; a walk that is done as a whole keeps none.
-        if self.last is not None and len(self.done) < len(order):
-            if not work.has(f"{work_key(*self.last)}.carried"):
-                self.done, self.last = set(), None
+        needed = bool(done) and len(done) < len(order)
+        if not least(int(not needed or work.has(f"{work_key(*done[-1])}.carried"))):
+            done = []
+        self.done = {(position, segment.index) for position, segment in done}
+        self.last: tuple[int, SegmentRecord] | None = done[-1] if done else None
 
     def is_done(self, position: int, segment: SegmentRecord | None = None) -> bool:
         """Whether a segment's rows are scored, or those of all segments of a stage."""

@@ -79,7 +79,7 @@ def self_influence(stage: StageRecord, rows: Any, gradients: RowGradients, setti
         part_of = {name: index for index, (group, _) in enumerate(parts) for name in group}
         by_part = np.stack([by_row[rows.example] for _, by_row in parts])
         visited = np.flatnonzero(by_part.any(axis=0))
-        mine, processes = settings.share
+        mine, processes = settings.together.index, settings.together.count
         batches = rows.batches(visited)[mine::processes]
         title = f"self-influence {stage.name}, segment {segment.index + 1}"
         turn = _Turn(rows, gradients, settings, batches, part_of, len(parts), title)

@@ -24,6 +24,7 @@ from torch import nn
 from ..errors import UnsupportedError
 from ..gradients import RowGradients
 from ..recording import StageRecord
+from .together import Together
 from .work import Work
 
 
@@ -41,7 +42,8 @@ class WalkSettings:
         dtype: of gradients and scores' arithmetic.
         device: where the model runs.
         seed: of the sampled rows and labels.
-        share: `(process index, number of processes)`; each process scores its share of the rows.
+        together: the processes that share the work: each scores its share of the rows, and has the curvature of its
+            share of the parameters.
         momentum: weigh each visit by the updates that applied its gradient, rather than by the step that took it.
         progress: wraps an iterable with a description, e.g. in a progress bar.
         checkpoints: take gradients at the weights stored along a segment, where there are any.
@@ -58,7 +60,7 @@ class WalkSettings:
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
     seed: int = 0
-    share: tuple[int, int] = (0, 1)
+    together: Together = Together()
     momentum: bool = False
     progress: Callable[[Sequence, str], Any] = lambda items, description: items
     checkpoints: bool = False

@@ -404,7 +404,7 @@ class RecordedRun:
 
     def _exactly(self, objectives: Iterator, forces: Vectors, adjoint: Vectors, scores: np.ndarray) -> None:
         """Rows' scores and `H h`, both of one derivative along the forces."""
-        mine, count = self.settings.share
+        mine, count = self.settings.together.index, self.settings.together.count
         for position, (pieces, normalizer, objective) in enumerate(objectives):
             for queries, found, dots in objective.along(forces):
                 for name, part in found.items():
@@ -417,7 +417,7 @@ class RecordedRun:
         # Forces themselves still score the rows of later micro-batches.
         several = len(self.steps.micro_batches[step]) > 1
         flowing = {name: force.clone() for name, force in forces.items()} if several else forces
-        mine, count = self.settings.share
+        mine, count = self.settings.together.index, self.settings.together.count
         for position, (pieces, batch, normalizer) in enumerate(self.micro_batches(step)):
             if position % count == mine:
                 dots = score_rows(self.gradients, batch, forces).double().numpy()

@@ -33,7 +33,7 @@ import torch
 from torch import nn
 
 from ..budget import give_back
-from ..curvature import FisherSample, Flow, JointCurvature, as_preconditioners, systematic_sample
+from ..curvature import ExactCurvature, FisherSample, Flow, JointCurvature, as_preconditioners, systematic_sample
 from ..gradients import RowGradients, RowLossTask
 from ..gradients.contraction import add_dots
 from ..gradients.rows import as_rows
@@ -43,6 +43,7 @@ from ..recording import SegmentRecord, StageRecord
 from .on_disk import VectorsOnDisk
 from .resume import Resume, work_key
 from .stages import Vectors, WalkSettings, open_stage
+from .together import Kind
 
 
 def walk(
@@ -68,7 +69,7 @@ def walk(
         UnsupportedError: if a stage does not start from the weights the one before it ended with.
     """
     vectors: Vectors | None = None
-    resume = Resume(stages, settings.work)
+    resume = Resume(stages, settings.work, lambda number: settings.together.least(number, settings.device))
     for position in range(len(stages) - 1, -1, -1):
         stage, own = stages[position], rows[stages[position].name]
         if resume.is_done(position):
@@ -115,6 +116,7 @@ def _through_segment(segment, stage, rows, gradients, vectors, scores, settings,
     if flow.length <= 0:  # nothing moved: every step was skipped, or the learning rate was 0
         work.save(f"{key}.carried", {canonical[name]: vector for name, vector in vectors.items()})
         work.save(f"{key}.done", {"places": torch.tensor(0), "queries": torch.tensor(len(scores))})
+        settings.together.least(1, settings.device)
         return vectors
     steps = segment.checkpoint_steps if settings.checkpoints else []
     places = [(segment.index, step) for step in steps] or [segment.index]
@@ -128,7 +130,7 @@ def _through_segment(segment, stage, rows, gradients, vectors, scores, settings,
     targets = settings.targets.get(stage.name, rows)
     parts = [(names, by_row[targets.example]) for names, by_row in parts]
     visited = np.flatnonzero(sum(np.abs(weights) for _, weights in parts))
-    batches = targets.batches(visited)[settings.share[0] :: settings.share[1]]
+    batches = targets.batches(visited)[settings.together.index :: settings.together.count]
 
     def scored(pieces: np.ndarray) -> np.ndarray:
         batch = targets.collated(pieces, settings.device)
@@ -143,6 +145,7 @@ def _through_segment(segment, stage, rows, gradients, vectors, scores, settings,
         for pieces, found in work.scored(f"{key}-{number}", batches, scored, settings.progress, title):
             np.add.at(scores, (slice(None), targets.row[pieces]), found)  # a row may have several pieces
     work.save(f"{key}.done", {"places": torch.tensor(len(enter)), "queries": torch.tensor(len(scores))})
+    settings.together.least(1, settings.device)  # nobody drops what one that is killed now would ask all for again
     work.drop(f"{key}.scoring", *([] if carry else [f"{key}.carried"]))
     return vectors
 
@@ -161,7 +164,7 @@ def _vectors_of(
     """The segment's scoring vectors, and those that enter the segment before; from disk if they are there."""
     work = settings.work
     own = {name: known for known, name in canonical.items()}
-    if work.has(f"{key}.scoring"):
+    if settings.together.least(work.has(f"{key}.scoring"), settings.device):  # of all, or they are made by all
         carried = work.load(f"{key}.carried", settings.device) or {}
         return work.load(f"{key}.scoring", settings.device), {own[name]: vector for name, vector in carried.items()}
     weights = segment.row_weights()[rows.example]
@@ -177,11 +180,43 @@ def _vectors_of(
 def _propagate(
     settings: WalkSettings, vectors: Vectors, flow: Flow, sample: FisherSample, carry: bool
 ) -> tuple[Vectors, Vectors]:
-    """Through the segment; `joint` needs not hold the vectors twice, nor carry on what nobody asks for."""
+    """Through the segment, each process with its own parameters' vectors; they are taken out of `vectors`."""
+    together, curvature = settings.together, settings.curvature
+    # A dense matrix has no parts, and of few parameters some process would have none.
+    if together.alone or isinstance(curvature, ExactCurvature) or len(vectors) < together.count:
+        return _propagate_own(settings, vectors, flow, sample, carry, None)
+    first = next(iter(vectors.values()))
+    parameters = {name: each for name, each in sample.gradients.parameters.items() if name in vectors}
+    kinds = {name: Kind((len(first), *each.shape), first.dtype) for name, each in parameters.items()}
+    owners = together.owners({name: each.numel() for name, each in parameters.items()})
+    for name in parameters:
+        if owners[name] != together.index:
+            del vectors[name]
+    del first
+    scoring, carried = _propagate_own(settings, vectors, flow, sample, carry, together.total)
+    for name, kind in kinds.items():
+        for found in ([scoring] if flow.trains(name) else []) + ([carried] if carry else []):
+            mine = owners[name] == together.index
+            given = together.given(found[name] if mine else None, owners[name], kind, settings.device)
+            if not mine:
+                found[name] = given
+    # In one order everywhere, for sums over parameters round in theirs.
+    return {name: scoring[name] for name in kinds if name in scoring}, carried
+
+
+def _propagate_own(
+    settings: WalkSettings,
+    vectors: Vectors,
+    flow: Flow,
+    sample: FisherSample,
+    carry: bool,
+    total: Callable[[torch.Tensor], torch.Tensor] | None,
+) -> tuple[Vectors, Vectors]:
+    """`joint` needs not hold the vectors twice, nor carry on what nobody asks for."""
     curvature, folder = settings.curvature, settings.carry_in
     if isinstance(curvature, JointCurvature):
         carried = VectorsOnDisk(folder, settings.device) if carry and folder is not None else None
-        return curvature.propagate(vectors, flow, sample, carry=carry, consume=True, carried=carried)
+        return curvature.propagate(vectors, flow, sample, carry=carry, consume=True, carried=carried, total=total)
     return curvature.propagate(vectors, flow, sample)
 
 

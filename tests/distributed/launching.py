@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Starting two processes."""
+"""Starting several processes."""
 
 import json
 import os
@@ -24,8 +24,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 
-def launch(script, *arguments):
-    """Run a script of this folder in two processes that talk through gloo on this machine.
+def launch(script, *arguments, processes=2):
+    """Run a script of this folder in some processes that talk through gloo on this machine.
 
     Raises:
         AssertionError: if a process failed; holds what it printed.
@@ -34,7 +34,7 @@ def launch(script, *arguments):
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     # What `accelerate launch` starts on GPUs; on CPUs it starts one process, whatever it is told.
-    start = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
+    start = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_addr", "127.0.0.1"]
     command = [sys.executable, *start, "--master_port", port, str(HERE / script), *map(str, arguments)]
     paths = [str(HERE.parents[1]), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

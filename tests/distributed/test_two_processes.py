@@ -216,6 +216,15 @@ def test_two_processes_score_like_one(two, tmp_path, method):
     assert (np.abs(first) > bound).any(axis=0).all()  # no row was left out
 
 
+def test_four_processes_score_like_two(two):
+    """They share out rows and parameters in another way."""
+    launch("two_runs.py", two, "scores_of_four", processes=4)
+    expected = np.load(two / "source-0.npy")
+    for rank in range(4):
+        found = np.load(two / f"four-{rank}.npy")
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
 def test_two_processes_build_one_index(two):
     """It holds everything, so that its scores are those of `source`; float32 sums in another order apart."""
     assert len(list((two / "index" / "rows").iterdir())) > 2

@@ -222,6 +222,12 @@ def scores(folder):
     np.save(folder.parent / f"index-{RANK}.npy", indexed(folder.parent / "run" / "record", folder.parent / "index"))
 
 
+def scores_of_four(folder):
+    """By as many processes as are started, of the run that two of them recorded."""
+    found = score(folder.parent / "run" / "record", "source")
+    np.save(folder.parent / f"four-{RANK}.npy", found)
+
+
 def indexed(record, folder):
     """The scores of `source` from an index of several files that both processes write."""
     settings = {"num_samples": 16, "max_tokens_per_batch": 36, "progress": False}
@@ -233,6 +239,7 @@ def indexed(record, folder):
 
 SCORED = {
     "source": {},
+    "fast-source": {"vector_dtype": "bfloat16"},
     "stepwise": {},
     "unrolled": {},
     "auto": {"max_cost": 1e9},
@@ -358,7 +365,7 @@ CASES = {
     case.__name__: case
     for case in (run, tied, local_counts, mean_loss, sgd_on_cpu, uneven, drop_last, dispatched, split, by_length)
     + (stream, stream_read_by_all, stream_in_shards, stream_shuffled)
-    + (lora, best, packed, diffusion, killed, resumed, scores)
+    + (lora, best, packed, diffusion, killed, resumed, scores, scores_of_four)
     + (fsdp, fsdp_tied, fsdp_odd, fsdp_lora, fsdp_best, fsdp_resumed, fsdp_resumed_sharded, fsdp_again)
     + (fsdp_adafactor,)
     + (other_rows, one_refuses, disk_is_full, uneven_batches, on_signal, finds_batch_size, exists)
