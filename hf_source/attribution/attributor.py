@@ -96,6 +96,8 @@ class SourceAttributor(Shared, RunReader):
         vector_dtype: that query vectors and the sample's columns are held in and multiplied with gradients in, of
             Source with `joint` curvature; `"bfloat16"` takes half the memory and, on processors made for it, less
             time, at an accuracy of some thousandths (`docs/scaling.md`). By default they are as gradients.
+        vector_shards: processes that hold the query vectors between them, where they do not fit one; their number has
+            to be a multiple of it. Each scores its rows along its own parameters only. With 1 every process holds all.
         cache_dir: folder where finished work is kept, so that the same attribution goes on where it was when it was
             killed; scores stay, vectors (as large as the model times the queries) are deleted as they are used up.
         seed: of the sampled rows and labels.
@@ -138,6 +140,7 @@ class SourceAttributor(Shared, RunReader):
         cache_dir: str | Path | None = None,
         dtype: torch.dtype = torch.float32,
         vector_dtype: str | None = None,
+        vector_shards: int = 1,
         seed: int = 0,
         accelerator: Accelerator | None = None,
         progress: bool = True,
@@ -191,6 +194,7 @@ class SourceAttributor(Shared, RunReader):
             "cache_dir": cache_dir,
             "dtype": dtype,
             "vector_dtype": vector_dtype,
+            "vector_shards": vector_shards,
             "seed": seed,
             "accelerator": accelerator,
             "progress": progress,
@@ -221,6 +225,7 @@ class SourceAttributor(Shared, RunReader):
             reads_text=METHODS[method].reads_text,
             gradient_checkpointing=gradient_checkpointing,
         )
+        self.vector_shards = self._vector_shards(vector_shards)
         self._walked: dict[str, dict[str, np.ndarray]] = {}
         self._walks: dict[str, Any] = {}
         # What `method="auto"` took, and why.
@@ -264,6 +269,8 @@ class SourceAttributor(Shared, RunReader):
         given = {"method": self.method, "datasets": self._datasets, **self._given, **own}
         if not same or changes.get("curvature", "joint") != "joint":  # vectors of others are held as gradients are
             given["vector_dtype"] = None
+        if not same:
+            given["vector_shards"] = 1
         if same and "method" not in changes:
             given["index"] = self.index
         records = self.record if self.ensemble is None else self.ensemble.records
@@ -318,12 +325,25 @@ class SourceAttributor(Shared, RunReader):
             self.dtype,
             self.device,
             self.seed,
-            Together(self.accelerator.process_index, self.accelerator.num_processes),
+            Together(self.accelerator.process_index, self.accelerator.num_processes, self.vector_shards),
             self.momentum,
             self.progress,
             probes=self.probes,
             vector_dtype=self.vector_dtype,
         )
+
+    def _vector_shards(self, number: int) -> int:
+        if not isinstance(number, int) or number < 1 or self.accelerator.num_processes % number:
+            raise ConfigError(
+                f"vector_shards={number!r}: {self.accelerator.num_processes} processes cannot be cut into groups of "
+                "so many. Start a multiple of it, with `accelerate launch` or `torchrun`."
+            )
+        if number > 1 and (self.method not in ("source", "fast-source") or self.curvature_name == "exact"):
+            raise ConfigError(
+                f"vector_shards={number} belongs to method='source' and 'fast-source', and not to curvature='exact'; "
+                f"here they are {self.method!r} and {self.curvature_name!r}."
+            )
+        return number
 
     def _vector_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
         known = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -390,7 +410,7 @@ class SourceAttributor(Shared, RunReader):
             "dtype": [str(self.dtype), str(self.vector_dtype)],
             "device": self.device.type,
             "model": None if self.make_model is None else self.make_model.__qualname__,
-            "processes": [self.accelerator.process_index, self.accelerator.num_processes],
+            "processes": [self.accelerator.process_index, self.accelerator.num_processes, self.vector_shards],
             "queries": [queries.rows, queries.are_rows],
             **more,
         }

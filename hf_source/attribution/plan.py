@@ -406,10 +406,11 @@ def _memory(
         if attributor.method in ("source", "fast-source"):
             each = vectors_each(attributor)
             held = (attributor.vector_dtype or attributor.dtype).itemsize
-            at_once = queries_at_once(attributor.query_budget, sum(sizes), held, num_queries, each)
+            mine = sum(sizes) // attributor.vector_shards
+            at_once = queries_at_once(attributor.query_budget, mine, held, num_queries, each)
             segments = sum(len(stage.segments) for stage in attributor.record.stages)
             both = segments > 1 and not carries_on_disk(attributor, at_once)
-            memory["query vectors"] = (2 if both else 1) * at_once * sum(sizes) * held
+            memory["query vectors"] = (2 if both else 1) * at_once * mine * held
             memory["one parameter's block"] = max(
                 _block_bytes(attributor, size * element, held, at_once)
                 for size, held in zip(sizes, columns, strict=True)

@@ -30,11 +30,11 @@ block (`block.py`), fitted on the same samples and applied to `q` first, `exp ~ 
 samples whitened by the rank-one factorisation of `P` (`factored.py`), at a fraction of the cost.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from scipy.linalg.lapack import dpstrf
@@ -140,6 +140,16 @@ def orthonormal_span(gram: torch.Tensor, projections: torch.Tensor) -> tuple[tor
     return basis, start
 
 
+class Processes(Protocol):
+    """Processes that each have some of the parameters."""
+
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over them."""
+
+    def union(self, numbers: Iterable[float], device: torch.device) -> list[float]:
+        """The different numbers that they have."""
+
+
 @dataclass
 class JointCurvature:
     """`joint` curvature (see the module).
@@ -161,7 +171,7 @@ class JointCurvature:
         carry: bool = True,
         consume: bool = False,
         carried: MutableMapping[str, torch.Tensor] | None = None,
-        total: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        together: Processes | None = None,
     ) -> tuple[Vectors, Vectors]:
         """Carry query vectors through a segment.
 
@@ -173,7 +183,7 @@ class JointCurvature:
             consume: take the vectors out of `vectors` and use their memory.
             carried: where to put `q'`; a new dictionary by default. If it gives copies, they are held one at a time,
                 but where the sample does not fit the memory budget.
-            total: sums a tensor over processes that have the vectors of other parameters; they may have none.
+            together: processes that have the vectors of other parameters.
 
         Returns:
             `x = F_r^T q` (only on parameters that the segment trains) and `q' = exp(-s (P H + Lambda))^T q`.
@@ -207,8 +217,9 @@ class JointCurvature:
                 if len(groups) > 1:
                     del columns[name]
             kept = columns if len(groups) == 1 else {}
-        if total is not None:
-            grams, projections = _of_all(grams, projections, flow, (sample.size, count * (2 if carry else 1)), total)
+        if together is not None:
+            width, device = count * (2 if carry else 1), next(iter(flow.decay.values())).device
+            grams, projections = _of_all(grams, projections, (sample.size, width), device, together)
         grams = {rate: gram.tril() + gram.tril(-1).T for rate, gram in grams.items()}
         space = SampleSpace(grams, projections, flow.length)
         self._finish(wanted, kept, space, count, scoring, carried, flow, sample)
@@ -366,16 +377,15 @@ class Whitened:
 def _of_all(
     grams: Mapping[float, torch.Tensor],
     projections: Mapping[float, torch.Tensor],
-    flow: Flow,
     shape: tuple[int, int],
-    total: Callable[[torch.Tensor], torch.Tensor],
+    device: torch.device,
+    together: Processes,
 ) -> tuple[dict[float, torch.Tensor], dict[float, torch.Tensor]]:
     """`K` and `b` summed over processes, each of which may have no parameter of some rates."""
-    like = dict(dtype=torch.float64, device=next(iter(flow.decay.values())).device)
-    rates = sorted({common_rate(flow, name) for name in flow.preconditioner if flow.trains(name)})
-    sizes = ((shape[0], shape[0]), shape)
+    like, sizes = dict(dtype=torch.float64, device=device), ((shape[0], shape[0]), shape)
+    rates = together.union(grams, device)
     return tuple(
-        {rate: total(own[rate] if rate in own else torch.zeros(size, **like)) for rate in rates}
+        {rate: together.total(own[rate] if rate in own else torch.zeros(size, **like)) for rate in rates}
         for own, size in zip((grams, projections), sizes, strict=True)
     )
 

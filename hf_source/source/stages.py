@@ -15,6 +15,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,9 @@ def open_stage(
     gradients = RowGradients(model, own.task, list(names))
     own.prepare(gradients)
     gradients.check(own.collated(own.shortest(2), settings.device))
+    if settings.together.shards > 1:
+        names = settings.together.shard(trained_sizes(stages), names)
+        gradients = gradients.only(names)
     if vectors is not None:
         return gradients, names, enter_stage(vectors, names, stages, position, gradients)
     stage.load_weights(model, "final")
@@ -119,6 +123,15 @@ def wanted_parameters(model: nn.Module, stages: Sequence[StageRecord]) -> dict[s
         name: last.canonical_name(name)
         for name, _ in model.named_parameters()
         if name in own or last.canonical_name(name) in trained
+    }
+
+
+def trained_sizes(stages: Sequence[StageRecord]) -> dict[str, int]:
+    """Entries of every parameter that some stage trains, by canonical name."""
+    return {
+        stage.canonical_name(name): prod(stage.tensor_info[name]["shape"])
+        for stage in stages
+        for name in stage.trainable
     }
 
 

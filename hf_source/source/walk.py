@@ -43,7 +43,7 @@ from ..recording import SegmentRecord, StageRecord
 from .on_disk import VectorsOnDisk
 from .resume import Resume, work_key
 from .stages import Vectors, WalkSettings, open_stage
-from .together import Kind
+from .together import Kind, Together
 
 
 def walk(
@@ -130,7 +130,8 @@ def _through_segment(segment, stage, rows, gradients, vectors, scores, settings,
     targets = settings.targets.get(stage.name, rows)
     parts = [(names, by_row[targets.example]) for names, by_row in parts]
     visited = np.flatnonzero(sum(np.abs(weights) for _, weights in parts))
-    batches = targets.batches(visited)[settings.together.index :: settings.together.count]
+    mine, shares = settings.together.rows
+    batches = targets.batches(visited)[mine::shares] if scoring else []  # a shard may hold nothing that trained
 
     def scored(pieces: np.ndarray) -> np.ndarray:
         batch = targets.collated(pieces, settings.device)
@@ -182,6 +183,8 @@ def _propagate(
 ) -> tuple[Vectors, Vectors]:
     """Through the segment, each process with its own parameters' vectors; they are taken out of `vectors`."""
     together, curvature = settings.together, settings.curvature
+    if together.shards > 1:
+        return _propagate_own(settings, vectors, flow, sample, carry, together)
     # A dense matrix has no parts, and of few parameters some process would have none.
     if together.alone or isinstance(curvature, ExactCurvature) or len(vectors) < together.count:
         return _propagate_own(settings, vectors, flow, sample, carry, None)
@@ -193,7 +196,7 @@ def _propagate(
         if owners[name] != together.index:
             del vectors[name]
     del first
-    scoring, carried = _propagate_own(settings, vectors, flow, sample, carry, together.total)
+    scoring, carried = _propagate_own(settings, vectors, flow, sample, carry, together)
     for name, kind in kinds.items():
         for found in ([scoring] if flow.trains(name) else []) + ([carried] if carry else []):
             mine = owners[name] == together.index
@@ -210,13 +213,15 @@ def _propagate_own(
     flow: Flow,
     sample: FisherSample,
     carry: bool,
-    total: Callable[[torch.Tensor], torch.Tensor] | None,
+    together: Together | None,
 ) -> tuple[Vectors, Vectors]:
     """`joint` needs not hold the vectors twice, nor carry on what nobody asks for."""
     curvature, folder = settings.curvature, settings.carry_in
     if isinstance(curvature, JointCurvature):
         carried = VectorsOnDisk(folder, settings.device) if carry and folder is not None else None
-        return curvature.propagate(vectors, flow, sample, carry=carry, consume=True, carried=carried, total=total)
+        return curvature.propagate(
+            vectors, flow, sample, carry=carry, consume=True, carried=carried, together=together
+        )
     return curvature.propagate(vectors, flow, sample)
 
 

@@ -39,8 +39,8 @@ BUILDING = threading.Lock()
 class Thread(Together):
     """One of several threads that exchange tensors through a shared list."""
 
-    def __init__(self, index, barrier, slots):
-        super().__init__(index, barrier.parties)
+    def __init__(self, index, barrier, slots, shards=1):
+        super().__init__(index, barrier.parties, shards)
         object.__setattr__(self, "barrier", barrier)
         object.__setattr__(self, "slots", slots)
 
@@ -52,7 +52,10 @@ class Thread(Together):
         return found
 
     def total(self, tensor):
-        return tensor if self.alone else sum(self._all(tensor.clone()))
+        return tensor if self.alone else sum(self._all(tensor.clone())) / (self.rows[1] if self.shards > 1 else 1)
+
+    def union(self, numbers, device):
+        return sorted(set().union(*self._all(set(numbers))))
 
     def least(self, number, device):
         return min(self._all(int(number)))
@@ -71,14 +74,14 @@ def ask():
     return Queries.from_text(["Peru:", "Q Cuba? A"], [" Lima", " Havana"])
 
 
-def walked(record, count, cache=None, **settings):
+def walked(record, count, cache=None, shards=1, **settings):
     """Scores of both stages from threads that walk together, or the errors of those that failed."""
     barrier, slots, parts, errors = threading.Barrier(count), [None] * count, [None] * count, {}
 
     def work(index):
         own = {"cache_dir": cache / str(index)} if cache is not None else {}
         attributor = SourceAttributor.from_record(record.path, **SETTINGS, **own, **settings)
-        known = replace(attributor.walk_settings(), together=Thread(index, barrier, slots))
+        known = replace(attributor.walk_settings(), together=Thread(index, barrier, slots, shards))
         attributor.walk_settings = lambda: known
         build = attributor.build_model
 
@@ -116,6 +119,9 @@ def assert_same(found, expected):
     "count, settings",
     [
         (4, {}),
+        (2, {"shards": 2}),
+        (4, {"shards": 2, "memory_budget": 2**17}),
+        (4, {"shards": 4, "curvature": "ekfac"}),
         (2, {"memory_budget": 2**17}),  # the sample comes in groups, and vectors that are carried on wait on disk
         (2, {"curvature": "ekfac"}),
         (2, {"curvature": "ekfac-hybrid"}),
@@ -125,10 +131,11 @@ def assert_same(found, expected):
 def test_threads_score_like_one(story, count, settings, monkeypatch):
     calls, original = [], JointCurvature._tail
     monkeypatch.setattr(JointCurvature, "_tail", lambda self, *args: calls.append(args[0]) or original(self, *args))
-    alone = walked(story, 1, **settings)
+    alone = walked(story, 1, **{key: value for key, value in settings.items() if key != "shards"})
     each = len(calls)
     assert_same(walked(story, count, **settings), alone)
-    assert len(calls) == 2 * each  # each parameter's block was made once, whatever the number of processes
+    # Each parameter's block was made once, whatever the number of processes, or once in each group of shards.
+    assert len(calls) == each + each * (count // settings["shards"] if "shards" in settings else 1)
 
 
 def test_every_process_has_parameters_of_about_the_same_size():

@@ -86,10 +86,10 @@ def vectors_each(attributor: "SourceAttributor") -> int:
 
 
 def num_vector_bytes(attributor: "SourceAttributor", num_queries: int) -> int:
-    """What vectors of some queries over all trained parameters take."""
+    """What vectors of some queries over all trained parameters take, in each of the processes that share them."""
     stages = attributor.record.stages
     size = int(sum(np.prod(stage.tensor_info[name]["shape"]) for stage in stages for name in stage.trainable))
-    return num_queries * size * (attributor.vector_dtype or attributor.dtype).itemsize
+    return num_queries * size * (attributor.vector_dtype or attributor.dtype).itemsize // attributor.vector_shards
 
 
 def carries_on_disk(attributor: "SourceAttributor", num_queries: int) -> bool:
