@@ -15,11 +15,13 @@ import importlib
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 from hf_source import Queries, RowLossTask, SourceAttributor, SourceTrainer, TrainingRecord
 from hf_source.attribution import METHODS
@@ -239,6 +241,31 @@ def test_vectors_in_bfloat16(story, queries, scores):
         attributor(story, vector_dtype="bfloat16", curvature="ekfac")
     with pytest.raises(ConfigError, match="here they are 'tracin'"):
         attributor(story, vector_dtype="bfloat16", method="tracin")
+
+
+class FourProcesses(Accelerator):
+    """As one of four sees it."""
+
+    num_processes = 4
+
+
+def test_vectors_are_sharded_over_processes(story):
+    """What the processes then do: `tests/source/test_together.py` and `tests/distributed`."""
+    from hf_source.attribution.methods import base
+
+    for number in (0, 2, 1.5):
+        with pytest.raises(ConfigError, match=f"vector_shards={number}: 1 processes cannot be cut into groups"):
+            attributor(story, vector_shards=number)
+    of_four = partial(attributor, story, accelerator=FourProcesses())
+    with pytest.raises(ConfigError, match="vector_shards=3: 4 processes"):
+        of_four(vector_shards=3)
+    for settings in ({"method": "tracin"}, {"curvature": "exact"}):
+        with pytest.raises(ConfigError, match="vector_shards=2 belongs to method='source' and 'fast-source'"):
+            of_four(vector_shards=2, **settings)
+    halves = of_four(vector_shards=2)
+    assert halves.like(num_samples=4).vector_shards == 2 and halves.like(method="grad-dot").vector_shards == 1
+    assert base.num_vector_bytes(halves, 3) == base.num_vector_bytes(attributor(story), 3) // 2
+    assert halves.walk_settings().together.rows == (0, 2)
 
 
 def test_carried_vectors_wait_on_disk(story, queries, scores, monkeypatch, tmp_path):

@@ -226,6 +226,8 @@ def scores_of_four(folder):
     """By as many processes as are started, of the run that two of them recorded."""
     found = score(folder.parent / "run" / "record", "source")
     np.save(folder.parent / f"four-{RANK}.npy", found)
+    found = score(folder.parent / "run" / "record", "source", vector_shards=2)
+    np.save(folder.parent / f"sharded-{RANK}.npy", found)
 
 
 def indexed(record, folder):

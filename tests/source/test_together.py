@@ -25,6 +25,7 @@ import torch
 
 from hf_source import Queries, SourceAttributor
 from hf_source.curvature import JointCurvature
+from hf_source.errors import ConfigError
 from hf_source.source import Together
 from hf_source.source.work import Work
 
@@ -181,3 +182,10 @@ def test_of_fewer_parameters_than_processes_each_takes_all():
     owners = Together(0, 4).owners({"a": 2, "b": 1})
     assert set(owners.values()) < set(range(4))
     assert torch.equal(Together().given(torch.ones(2), 0, None, None), torch.ones(2))
+    with pytest.raises(ConfigError, match="vector_shards=4: some process would have no parameter of the 2"):
+        Together(0, 4, 4).shard({"a": 2, "b": 1}, {"own.a": "a", "own.b": "b"})
+    assert Together(1, 2, 2).shard({"a": 2, "b": 1}, {"own.a": "a", "own.b": "b"}) == {"own.b": "b"}
+
+
+def test_numbers_that_some_process_has():
+    assert Together().union([2.0, 0.5, 2.0], torch.device("cpu")) == [0.5, 2.0]
