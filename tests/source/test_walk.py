@@ -30,7 +30,7 @@ from hf_source.curvature import ExactCurvature, IdentityCurvature, JointCurvatur
 from hf_source.errors import UnsupportedError
 from hf_source.gradients import CausalLMTask
 from hf_source.recording import canonical_name
-from hf_source.source import WalkSettings, walk, wanted_parameters
+from hf_source.source import Together, WalkSettings, walk, wanted_parameters
 
 
 # Scores are kept as float32, and every segment rounds its sum once.
@@ -499,10 +499,18 @@ def test_momentum_weighs_visits_by_the_updates_that_applied_them():
     assert_scores(weighed, {name: scores.astype(float) * shares for name, scores in plain_scores.items()})
 
 
+class RowsOnly(Together):
+    """One of two processes that do not meet: it has all of the curvature, and its share of the rows."""
+
+    @property
+    def alone(self):
+        return True
+
+
 def test_shares_of_processes_add_up():
     stages = full_then_full()
     whole = run(stages)
-    parts = [run(stages, share=(process, 2)) for process in range(2)]
+    parts = [run(stages, together=RowsOnly(process, 2)) for process in range(2)]
     for name, scores in whole.items():
         np.testing.assert_array_equal(parts[0][name] + parts[1][name], scores)  # each row in one process
         assert all((part[name] != 0).any() for part in parts)
