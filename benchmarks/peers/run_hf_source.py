@@ -40,9 +40,13 @@ METHODS = {
     "source joint, n=2048": {"num_samples": 2048},
     "fast-source": {"method": "fast-source"},
     "fast-source, n=128": {"method": "fast-source", "num_samples": 128},
+    "fast-source, n=64": {"method": "fast-source", "num_samples": 64},
+    "fast-source, n=32": {"method": "fast-source", "num_samples": 32},
     "fast-source, n=128, bfloat16": {"method": "fast-source", "num_samples": 128, "vector_dtype": "bfloat16"},
+    "fast-source, n=64, bfloat16": {"method": "fast-source", "num_samples": 64, "vector_dtype": "bfloat16"},
     "stepwise, 4 draws": {"method": "stepwise", "draws": 4},
     "stepwise, 16 draws": {"method": "stepwise", "draws": 16},
+    "unrolled": {"method": "unrolled"},
 }
 
 

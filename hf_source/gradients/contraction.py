@@ -142,12 +142,32 @@ def add_dots(rule: Rule, call: Call, rows: int, vectors: torch.Tensor, total: to
         left, right = factors(rule, call, rows)
         if _contracts(left.shape[1], len(vectors)):
             add_factor_dots(left, right, vectors, total)
-            return
+        else:
+            _add_dots_in_pieces(left, right, vectors, total)
+        return
     for part, grads in pieces(rule, call, rows):
-        flat = grads.reshape(rows, -1)
-        own = (vectors[:, part] if vectors.dim() > 1 else vectors).reshape(len(vectors), -1).to(flat)
-        # The fewer first: it is them that a product of tall matrices keeps at hand.
-        total += (flat @ own.T).T if rows < len(vectors) else own @ flat.T
+        _add_products(grads, vectors[:, part] if vectors.dim() > 1 else vectors, total)
+
+
+def _add_dots_in_pieces(left: torch.Tensor, right: torch.Tensor, vectors: torch.Tensor, total: torch.Tensor) -> None:
+    """The same for factors `[rows, tokens, m]` and `[rows, tokens, k]`, by gradients in parts of their longer side."""
+    first = left.shape[2] >= right.shape[2]
+    longer, other = (left, right) if first else (right, left)
+    step = max(1, PIECE_BYTES // max(1, len(left) * other.shape[2] * left.element_size()))
+    for start in range(0, longer.shape[2], step):
+        part = slice(start, start + step)
+        pair = (left[..., part], right) if first else (left, right[..., part])
+        own = vectors[:, part] if first else vectors[..., part]
+        _add_products(torch.bmm(pair[0].transpose(1, 2), pair[1]), own, total)
+
+
+def _add_products(grads: torch.Tensor, vectors: torch.Tensor, total: torch.Tensor) -> None:
+    """Add the products of `[rows, ...]` with `[vectors, ...]`."""
+    flat = grads.reshape(len(grads), -1)
+    own = vectors.reshape(len(vectors), -1).to(flat)
+    # Of a narrow type the fewer first: it is them that a product of tall matrices keeps at hand.
+    rows_first = len(flat) < len(own) or flat.element_size() >= 4
+    total += (flat @ own.T).T if rows_first else own @ flat.T
 
 
 def _contracts(tokens: int, vectors: int) -> bool:

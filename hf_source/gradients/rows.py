@@ -27,7 +27,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -111,8 +111,11 @@ class RowGradients:
     @property
     def vocabulary(self) -> set[str]:
         """Parameters whose first axis is a vocabulary: embedding tables, and heads tied to them."""
-        tables = {id(module.weight) for module in self.model.modules() if isinstance(module, nn.Embedding)}
-        return {name for name, parameter in self.parameters.items() if id(parameter) in tables}
+        return {name for name, parameter in self.parameters.items() if id(parameter) in self._tables}
+
+    @cached_property
+    def _tables(self) -> set[int]:
+        return {id(module.weight) for module in self.model.modules() if isinstance(module, nn.Embedding)}
 
     def _uses_of(self, parameter: nn.Parameter) -> list[Use] | None:
         uses = []
@@ -501,7 +504,7 @@ class RowGradients:
                 return output
             output, found = _with_gradient(output)
             if found:
-                given = (tree_map(_plain, held) for held in (args, kwargs))
+                given = (tree_map(_plain, held) if held else held for held in (args, kwargs))
                 place = calls if rerun is None else rerun.place(calls)
                 place.setdefault(module, []).append(Call(module, *given, found))
             return output
