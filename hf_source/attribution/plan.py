@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 UNROLLING = ("stepwise", "unrolled")
 SAMPLING = ("source", "fast-source", "influence")
+_FEATURE_BYTES, _PIECE_BYTES = 4, 8
+"""Of a number of a row's features in a file, and of the row's own."""
+
 CURVED = ("source", "influence")
 """Methods that draw a sample for `curvature=`."""
 
@@ -248,12 +251,26 @@ def _index_plan(attributor: "SourceAttributor", measured: Measured) -> Plan:
 def _written(
     attributor: "SourceAttributor", gradients: RowGradients, stages: list[StageRecord], num_queries: int
 ) -> int:
-    """Vectors of a segment and of the one after it, and scores."""
+    """Vectors of a segment and of the one after it, and scores; of projected methods, every row's features."""
     element = (attributor.vector_dtype or attributor.dtype).itemsize
     vectors = sum(parameter.numel() * element for parameter in gradients.parameters.values())
     if attributor.cache_dir is None:
         return num_queries * vectors if carries_on_disk(attributor, num_queries) else 0
+    if isinstance(attributor.options, ProjectedOptions):
+        walked = {stage.name for stage in stages}
+        return sum(
+            (_FEATURE_BYTES * size + _PIECE_BYTES)
+            * len(attributor.rows(stage).trained)
+            * _kept_features(attributor, stage)
+            for stage, size, _ in _feature_sizes(attributor)
+            if stage.name in walked
+        )
     return num_queries * (3 * vectors + sum(4 * len(stage.segments) * stage.num_rows for stage in stages))
+
+
+def _kept_features(attributor: "SourceAttributor", stage: StageRecord) -> int:
+    """Sets of features of a stage's rows."""
+    return len(stage.segments) if getattr(attributor.options, "checkpoints", "") == "segments" else 1
 
 
 def _curvature_operations(

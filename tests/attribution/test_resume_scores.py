@@ -210,3 +210,35 @@ def test_sizes_are_read(given, size):
 def test_what_is_no_size_is_refused(story, given):
     with pytest.raises(ConfigError, match="memory_budget"):
         SourceAttributor.from_record(story.path, memory_budget=given)
+
+
+def size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "trak", "projection_dim": 1024},
+        {"method": "trak", "projection_dim": 1024, "checkpoints": "segments"},
+        {"method": "logra", "rank": 8},
+    ],
+)
+def test_features_take_the_disk_that_was_planned(story, tmp_path, settings):
+    walker = SourceAttributor.from_record(story.path, cache_dir=tmp_path, **{**SETTINGS, **settings})
+    planned = walker.plan(None, ask(), "pretrain").written
+    walker.scores(None, ask(), "pretrain")
+    assert size_of(tmp_path) == pytest.approx(planned, rel=0.25)
+
+
+def test_vectors_take_no_more_disk_than_was_planned(story, tmp_path, monkeypatch):
+    walker = SourceAttributor.from_record(story.path, cache_dir=tmp_path, **SETTINGS)
+    planned, sizes, save = walker.plan(None, ask(), "pretrain").written, [], Work.save
+
+    def noted(self, *given):
+        save(self, *given)
+        sizes.append(size_of(tmp_path))
+
+    monkeypatch.setattr(Work, "save", noted)
+    walker.scores(None, ask(), "pretrain")
+    assert 0.75 * planned < max(sizes) < 1.25 * planned
