@@ -114,6 +114,8 @@ LINES = [
     Line("hf_source", "source ekfac-hybrid", "record"),
     Line("hf_source", "source joint", "record", large=True),
     Line("hf_source", "source joint, n=256", "record", large=True),
+    Line("hf_source", "source joint, n=256, bfloat16 vectors", "record"),
+    Line("hf_source", "source joint, n=256, bfloat16 gradients", "record"),
     Line("hf_source", "source joint, n=128", "record", large=True),
     Line("hf_source", "source joint, n=2048", "record"),
     Line("hf_source", "fast-source", "record", large=True),

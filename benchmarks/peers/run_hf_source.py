@@ -17,6 +17,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 import transformers
 from datasets import load_from_disk
 from measured import Export, main
@@ -36,6 +37,8 @@ METHODS = {
     "source ekfac-hybrid": {"curvature": "ekfac-hybrid"},
     "source joint": {},
     "source joint, n=256": {"num_samples": 256},
+    "source joint, n=256, bfloat16 vectors": {"num_samples": 256, "vector_dtype": "bfloat16"},
+    "source joint, n=256, bfloat16 gradients": {"num_samples": 256, "dtype": torch.bfloat16},
     "source joint, n=128": {"num_samples": 128},
     "source joint, n=2048": {"num_samples": 2048},
     "fast-source": {"method": "fast-source"},

@@ -21,6 +21,7 @@ from collections.abc import Iterable
 
 import torch
 
+from ..gradients.contraction import products
 from ..gradients.rows import as_rows
 from .ekfac import EKFACCurvature
 from .flow import Flow
@@ -91,7 +92,7 @@ class JointInverse:
         for group in self.groups:
             matrices = sample.matrices(group)
             for columns in map(as_rows, matrices.values()):
-                gram = gram + (columns @ columns.T).double()
+                gram = gram + products(columns, columns).double()
             if len(self.groups) == 1:
                 self.kept = matrices
         self.strength = damping * float(gram.diagonal().mean())
@@ -108,7 +109,7 @@ class JointInverse:
             columns = self.sample.matrices(group) if self.kept is None else self.kept
             for name in group:
                 projection = (
-                    projection + (as_rows(columns[name]) @ as_rows(vectors[name]).T.to(columns[name])).double()
+                    projection + products(as_rows(columns[name]), as_rows(vectors[name]).to(columns[name])).double()
                 )
         coefficients = -torch.linalg.lu_solve(*self.system, projection) / self.strength
         if self.kept is None:

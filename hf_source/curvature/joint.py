@@ -40,7 +40,7 @@ import torch
 from scipy.linalg.lapack import dpstrf
 
 from ..budget import give_back
-from ..gradients.contraction import add_combined, add_factor_dots, add_factor_sums
+from ..gradients.contraction import add_combined, add_factor_dots, add_factor_sums, products
 from ..gradients.rows import as_rows
 from ..gradients.rules import Call, Rule
 from .block import Block, fit_block_in_parts, fit_whitened, negligible
@@ -278,7 +278,7 @@ class JointCurvature:
         for part, own in samples.slices(both[0].dtype):
             add_gram([as_rows(own)], grams[rate])
             vectors = torch.cat([each[:, part] if each.dim() > 1 else each for each in both]).to(own)
-            projections[rate] += as_rows(own) @ as_rows(preconditioner.root_of(vectors, part)).T
+            projections[rate] += products(as_rows(own), as_rows(preconditioner.root_of(vectors, part)))
 
     def _finish(
         self,
@@ -403,19 +403,7 @@ def add_gram(factors: Sequence[torch.Tensor], total: torch.Tensor) -> None:
     """
     for start in range(0, len(total), GRAM_BLOCK):
         own = slice(start, min(start + GRAM_BLOCK, len(total)))
-        total[own, : own.stop] += prod(_products(rows[own], rows[: own.stop]) for rows in factors)
-
-
-_SUMMED_NARROW = 2**14
-"""Terms of a sum that is rounded to a narrow type."""
-
-
-def _products(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """`[rows, others]`; of a narrow type in many sums, each of which is rounded, that are added in a wide one."""
-    if torch.finfo(rows.dtype).bits >= 32:
-        return rows @ others.T
-    parts = zip(rows.split(_SUMMED_NARROW, dim=1), others.split(_SUMMED_NARROW, dim=1), strict=True)
-    return sum((own @ other.T).float() for own, other in parts)
+        total[own, : own.stop] += prod(products(rows[own], rows[: own.stop]) for rows in factors)
 
 
 def _mean_over_time(rate: torch.Tensor, length: float) -> torch.Tensor:

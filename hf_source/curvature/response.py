@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from ..gradients.contraction import products
 from ..gradients.rows import as_rows
 from .block import Block, as_matrices, rotate, unrotate
 from .diagonal import DiagonalCurvature
@@ -106,10 +107,10 @@ class JointResponse:
         of_own, of_arrived = dots.setdefault(rate, [0, 0])
         if name in own:
             weighted = as_rows(preconditioner.apply(columns))
-            of_own = of_own + (weighted @ as_rows(own[name]).T).double()
+            of_own = of_own + products(weighted, as_rows(own[name])).double()
             if grams is not None:
-                grams[rate] = grams.get(rate, 0) + (weighted @ as_rows(columns).T).double()
-        dots[rate] = [of_own, of_arrived + (as_rows(columns) @ as_rows(arrived[name]).T).double()]
+                grams[rate] = grams.get(rate, 0) + products(weighted, as_rows(columns)).double()
+        dots[rate] = [of_own, of_arrived + products(as_rows(columns), as_rows(arrived[name])).double()]
 
     def _fit(self, grams: dict[float, torch.Tensor]) -> None:
         """`lifts[l]`: what turns `b_l = S_l P_l q_l` into the eigenmodes, `[modes, samples]`."""

@@ -167,7 +167,23 @@ def _add_products(grads: torch.Tensor, vectors: torch.Tensor, total: torch.Tenso
     own = vectors.reshape(len(vectors), -1).to(flat)
     # Of a narrow type the fewer first: it is them that a product of tall matrices keeps at hand.
     rows_first = len(flat) < len(own) or flat.element_size() >= 4
-    total += (flat @ own.T).T if rows_first else own @ flat.T
+    total += products(flat, own).T if rows_first else products(own, flat)
+
+
+NARROW_TERMS = 2**15
+"""Terms of a sum that is rounded to a narrow type."""
+
+
+def products(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """`[rows, others]` of `[rows, size]` and `[others, size]`; of a narrow type in float32.
+
+    That is summed in parts: each is rounded to the narrow type, and torch 2.13 ends the process where it multiplies
+    some long ones at once on a CPU, such as `[24, 65536]`.
+    """
+    if rows.element_size() >= 4:
+        return rows @ others.T
+    parts = zip(rows.split(NARROW_TERMS, dim=1), others.split(NARROW_TERMS, dim=1), strict=True)
+    return sum((own @ other.T).float() for own, other in parts)
 
 
 def _contracts(tokens: int, vectors: int) -> bool:
@@ -193,7 +209,7 @@ def _add_looked_up(call: Call, rows: int, vectors: torch.Tensor, total: torch.Te
     if tokens.stride(0) == 0:  # positions, which are the same in every row
         step = max(1, PIECE_BYTES // max(1, grads[0].numel() * grads.element_size()))
         for some, sums in zip(vectors.split(step), total.split(step), strict=True):
-            sums += some[:, tokens[0]].to(grads).flatten(1) @ grads.flatten(1).T
+            sums += products(some[:, tokens[0]].to(grads).flatten(1), grads.flatten(1))
         return
     for vector, sums in zip(vectors, total, strict=True):  # what one of them needs stays in a processor's cache
         sums += vector[tokens].to(grads).mul_(grads).sum(dim=(1, 2))

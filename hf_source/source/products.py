@@ -21,6 +21,7 @@ import torch
 
 from ..curvature.eigen import eigh
 from ..gradients import RowGradients, curvature_task, task_labels
+from ..gradients.contraction import products
 from ..gradients.rows import as_rows
 from ..logs import get_logger
 from .twice import cheap_twice
@@ -196,11 +197,11 @@ class SampledProducts(Products):
             )
         gram, dots = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for name, columns in turn(forces):
-            dots = dots + (columns @ as_rows(forces[name]).T).double().cpu() * scale
+            dots = dots + products(columns, as_rows(forces[name])).double().cpu() * scale
             if name in step_sizes:
                 size = step_sizes[name].to(columns)
                 weighted = columns * (size.flatten() if size.dim() else size)
-                gram = gram + (weighted @ columns.T).double().cpu() * scale**2
+                gram = gram + products(weighted, columns).double().cpu() * scale**2
         if gram.dim():
             rates, modes = eigh((gram + gram.T) / 2)
             dots = modes @ (_damping(rates)[:, None] * (modes.T @ dots))

@@ -39,6 +39,7 @@ from ..curvature import EKFACCurvature, FisherSample, Flow, IdentityCurvature, J
 from ..curvature.flow import integral
 from ..curvature.joint import groups_within
 from ..gradients import RowGradients
+from ..gradients.contraction import products
 from ..gradients.rows import Pass, as_rows
 from ..recording import StageRecord
 from .stages import WalkSettings
@@ -182,7 +183,7 @@ def _joint(curvature: JointCurvature, turn: _Turn, names: list[str], flow: Flow,
             decay, preconditioner = flow.decay[name], flow.preconditioner[name]
             rates[name] = 0.0 if decay.dim() else float(decay)
             weighted[name] = as_rows(preconditioner.apply(columns[name]))
-            gram = (weighted[name] @ as_rows(columns[name]).T).double().cpu()
+            gram = products(weighted[name], as_rows(columns[name])).double().cpu()
             grams[rates[name]] = grams.get(rates[name], 0) + gram
             if curvature.tail:
                 blocks[name] = fit_block(columns[name], preconditioner, name in sample.gradients.vocabulary)
@@ -197,7 +198,7 @@ def _joint(curvature: JointCurvature, turn: _Turn, names: list[str], flow: Flow,
             for store, key, vectors in ((after, rate, x), (before, (rate, part), grads)):
                 if key not in store:
                     store[key] = turn.zeros(sample.size)
-                store[key][:, own] += (weighted[name] @ as_rows(vectors).T.to(weighted[name])).double().cpu()
+                store[key][:, own] += products(weighted[name], as_rows(vectors).to(weighted[name])).double().cpu()
     for start in range(0, turn.count, _ROWS_AT_ONCE):
         own = slice(start, start + _ROWS_AT_ONCE)
         space = SampleSpace(grams, {rate: dots[:, own] for rate, dots in after.items()}, flow.length)

@@ -35,7 +35,7 @@ from torch import nn
 from ..budget import give_back
 from ..curvature import ExactCurvature, FisherSample, Flow, JointCurvature, as_preconditioners, systematic_sample
 from ..gradients import RowGradients, RowLossTask
-from ..gradients.contraction import add_dots
+from ..gradients.contraction import add_dots, products
 from ..gradients.rows import as_rows
 from ..gradients.rules import Call, Rule
 from ..gradients.task import task_labels
@@ -279,7 +279,7 @@ def score_rows(
         add_dots(rule, call, rows, vectors[name], total(name, rows))
 
     def add_rows(name: str, rows: slice, grads: torch.Tensor) -> None:
-        total(name, num_rows)[:, rows] += as_rows(vectors[name]).to(grads) @ as_rows(grads).T
+        total(name, num_rows)[:, rows] += products(as_rows(vectors[name]).to(grads), as_rows(grads))
 
     num_rows = len(task_labels(gradients.task, batch))
     gradients.stream(batch, vectors, add, add_rows)

@@ -22,7 +22,7 @@ from hf_source.curvature import block as block_module
 from hf_source.curvature import columns as columns_module
 from hf_source.curvature.block import fit_block, fit_block_in_parts, leading_eigenvectors
 from hf_source.gradients import CausalLMTask, RowGradients
-from hf_source.gradients.contraction import add_combined, add_dots, pieces
+from hf_source.gradients.contraction import add_combined, add_dots, pieces, products
 
 
 EXACT = 1e-10  # float64 sums in another order
@@ -175,6 +175,19 @@ def test_products_and_sums_of_calls_are_those_of_gradients(kind, count, lengths,
         parts = [part for rule, call in gradients.calls(name, done)[:1] for _, part in pieces(rule, call, len(block))]
         if block.dim() > 2:
             assert len(parts) > 1  # the pieces are small enough to be several
+
+
+@pytest.mark.parametrize("rows, size", [(24, 2**16), (8, 3 * 2**16), (3, 100)])
+def test_products_of_narrow_numbers(rows, size):
+    """In float32, of parts that are each rounded; the first two sizes at once end a process of torch 2.13."""
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randn((number, size), generator=generator).bfloat16() for number in (rows, 4))
+    found, expected = products(one, other), one.double() @ other.double().T
+    assert found.dtype == torch.float32
+    lengths = one.double().norm(dim=1)[:, None] * other.double().norm(dim=1)
+    assert ((found - expected).abs() <= 2**-8 * lengths).all()
+    wide = one.double(), other.double()
+    assert torch.equal(products(*wide), wide[0] @ wide[1].T)
 
 
 @pytest.mark.parametrize("number", [0, 5, 40, 90, 300])
