@@ -43,6 +43,9 @@ _TURNED = 2**22
 _VECTOR_BYTES = 2**28
 """Query vectors that a calibration makes; the time of more is that of these and of one, continued."""
 
+_MOST = 8
+"""Vectors that the products of rows with are timed for, however large, if there are as many queries."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -101,10 +104,14 @@ def calibrate(
         alone = together = seconds(_projecting(attributor, gradients, stage))
     else:
         largest = max(parameter.numel() * parameter.element_size() for parameter in gradients.parameters.values())
-        most = min(num_queries, max(2, _VECTOR_BYTES // largest))
-        alone = seconds(_scoring(gradients, 1, attributor.vector_dtype))
-        together = seconds(_scoring(gradients, most, attributor.vector_dtype)) if num_queries > 1 else alone
-        together += max(0.0, together - alone) * (num_queries - most) / max(1, most - 1)
+        most = min(num_queries, max(_MOST, _VECTOR_BYTES // largest))
+        # Gradients are made of their factors for two vectors, but not for one.
+        fewest = min(2, most)
+        alone, few, together = (
+            seconds(_scoring(gradients, count, attributor.vector_dtype)) for count in (1, fewest, most)
+        )
+        together = max(few, together)
+        together += (together - few) * (num_queries - most) / max(1, most - fewest)
     first = checking + num_queries * float(rows.lengths[rows.trained].mean()) * alone  # a query is about a row
     tokens = max(len(numbers) * int(rows.lengths[numbers].max()) for numbers in batches)
     speed = _operations_per_second(attributor, *_longest(attributor, gradients))

@@ -35,6 +35,16 @@ _MOVE = 40
 """Operations of matrix products in the time that one number takes to be read or written."""
 
 
+_NARROW = 3
+"""How many times faster than others products of a narrow type are, of gradients' factors."""
+
+_MOVING = 0.1
+"""Share of a side's directions along which vectors of a narrow type move."""
+
+_LEADING = 0.5
+"""Time that the directions of a side take that matter for narrow vectors, over that of all."""
+
+
 @dataclass(frozen=True)
 class JointCost:
     """Operations of one segment.
@@ -44,12 +54,14 @@ class JointCost:
         tokens: of one sample.
         vectors: query vectors that go through, twice the queries where they are carried on.
         tail: whether there is one.
+        narrow: whether vectors and columns are held in a narrower type than gradients.
     """
 
     samples: int
     tokens: float
     vectors: int
     tail: bool = True
+    narrow: bool = False
 
     def of(self, shape: Sequence[int], factored: bool, diagonal_left: bool = False) -> float:
         """Of one parameter, whose columns are held factored or as they are."""
@@ -59,7 +71,8 @@ class JointCost:
         found = n * (n + min(n, GRAM_BLOCK)) * size + _THIN * 4 * n * self.vectors * size
         found += _MOVE * 8 * n * size
         if factored:
-            found += _THIN * 2 * 2 * self.tokens * n * size  # gradients made again, for both
+            again = _THIN * 2 * 2 * self.tokens * n * size  # gradients made again, for both
+            found += again / _NARROW if self.narrow else again
         if not self.tail:
             return found
         left = 0 if diagonal_left or m > MAX_FULL_SIDE or m == 1 else m
@@ -67,8 +80,10 @@ class JointCost:
         whole = 4 * size * (left + right)  # moments and rotation of one dense gradient
         if factored and size > FACTORED_SIZE:
             whole = min(whole, 2 * multiplications(int(self.tokens), m, k, left))
-        turned = self.vectors * 4 * size * (left + right) + _MOVE * 6 * self.vectors * size
-        return found + n * whole + turned + _EIGEN * (left**3 + right**3)
+        turned, eigen = self.vectors * 4 * size * (left + right), _EIGEN * (left**3 + right**3)
+        if self.narrow:
+            turned, eigen = _MOVING * turned, _LEADING * eigen
+        return found + n * whole + turned + _MOVE * 6 * self.vectors * size + eigen
 
     def of_all(self, shapes: Sequence[tuple[Sequence[int], bool, bool]]) -> float:
         """Of parameters given as `(shape, factored, diagonal_left)`, and of the sample space's eigenproblem."""

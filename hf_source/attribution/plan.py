@@ -290,7 +290,8 @@ def _curvature_operations(
         dense = count * parameter.numel() * parameter.element_size()
         shapes.append((tuple(parameter.shape), held < dense, name in gradients.vocabulary))
     tokens, segments = float(rows.lengths[rows.trained].mean()), sum(plan.num_segments for plan in plans)
-    cost = lambda vectors: JointCost(count, tokens, vectors, attributor.curvature.tail).of_all(shapes)  # noqa: E731
+    narrow, tail = attributor.vector_dtype not in (None, attributor.dtype), attributor.curvature.tail
+    cost = lambda vectors: JointCost(count, tokens, vectors, tail, narrow).of_all(shapes)  # noqa: E731
     # Vectors go through the first segment for its rows only, through the others also to those before.
     return cost(2 * num_queries) * (segments - 1) + cost(num_queries)
 
