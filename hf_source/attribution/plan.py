@@ -174,7 +174,7 @@ def plan_tokens(attributor: "SourceAttributor", queries: Queries, target: StageR
         if stage.name == target.name:
             stage.num_rows = len(np.unique(rows.row[wanted]))
             for segment in target.segments:
-                visited = wanted[segment.num_visits()[rows.example[wanted]] > 0]
+                visited = wanted[segment.scored(attributor.momentum)[rows.example[wanted]]]
                 stage.score_tokens += int((rows.lengths[visited] * rows.items[visited]).sum())
         plan.seconds += (stage.score_tokens - walked) * measured.calibration.score_seconds
     return plan
@@ -315,7 +315,7 @@ def _stage_plan(attributor: "SourceAttributor", stage: StageRecord, passes: int,
     rows = attributor.rows(stage)
     if attributor.method in UNROLLING:
         return _unrolling_plan(attributor, stage, rows, num_queries)
-    visited = [np.flatnonzero(segment.num_visits()[rows.example]) for segment in stage.segments]
+    visited = [np.flatnonzero(segment.scored(attributor.momentum)[rows.example]) for segment in stage.segments]
     places = [1] * len(visited)  # sets of weights that a segment's rows are scored at
     if getattr(attributor.options, "checkpoints", False):
         places = [max(1, len(segment.checkpoint_steps)) for segment in stage.segments]

@@ -93,7 +93,7 @@ def _stage_plan(responses: Responses, position: int, at_once: int) -> StagePlan:
     attributor, stage = responses.attributor, responses.stages[position]
     rows = responses.rows[stage.name]
     places = [len(part.checkpoint_steps) if responses.settings.checkpoints else 1 for part in stage.segments]
-    visits = [part.num_visits()[rows.example] > 0 for part in stage.segments]
+    visits = [part.scored(responses.settings.momentum)[rows.example] for part in stage.segments]
     tokens = sum(int(rows.lengths[own].sum()) * max(1, count) for own, count in zip(visits, places, strict=True))
     passes = sampled = 0
     for later in responses.stages[position:]:

@@ -406,6 +406,28 @@ def test_stages_before_a_torn_or_unfinished_one_are_attributed(story, tmp_path, 
         SourceAttributor(TrainingRecord.load(tmp_path / "killed"), **FAST).scores(None, queries, "pretrain")
 
 
+@pytest.mark.parametrize("momentum", [True, False])
+def test_plan_counts_rows_whose_gradients_an_optimizer_still_holds(tmp_path, queries, monkeypatch, momentum):
+    """The second segment of an epoch visits half of the rows, and its updates hold gradients of the others."""
+    settings = {"num_segments": 2, "num_train_epochs": 1, "max_steps": -1, "gradient_accumulation_steps": 1}
+    args = config(tmp_path, **settings, per_device_train_batch_size=1, lr_scheduler_type="constant")
+    SourceTrainer(tiny_gpt2(vocab_size=260), args, train_dataset=facts(), processing_class=byte_tokenizer()).train()
+    walker = attributor(TrainingRecord.load(tmp_path / "record"), momentum=momentum)
+    planned = walker.plan(None, queries).stages[0].score_tokens
+    module, scored = importlib.import_module("hf_source.source.walk"), []
+    original = module.score_rows
+
+    def counted(gradients, batch, *args):
+        scored.append(int((batch["labels"] != -100).sum()))
+        return original(gradients, batch, *args)
+
+    monkeypatch.setattr(module, "score_rows", counted)
+    walker.scores(None, queries)
+    assert planned == sum(scored)
+    of_all = sum(map(len, walker.record.stages[0].rows()["input_ids"]))
+    assert planned == of_all if not momentum else of_all < planned <= 2 * of_all
+
+
 def test_rows_that_are_nowhere_are_asked_for(tmp_path, queries):
     model = tiny_gpt2(vocab_size=260)
     args = config(tmp_path, record_rows=False)

@@ -178,6 +178,11 @@ class SegmentRecord:
                 same.extend(group.parameters)
         return [(names, self._weights_at(rates)) for names, rates in parts]
 
+    def scored(self, momentum: bool) -> np.ndarray:
+        """Rows with a weight in the segment, bool `[rows]`; with momentum also those of steps that it still felt."""
+        parts = [weights for _, weights in self.applied_parts()] if momentum else [self.row_weights()]
+        return sum(np.abs(weights) for weights in parts) > 0
+
     def _weights_at(self, rates: np.ndarray) -> np.ndarray:
         steps, first = self.stage.steps(), int(np.argmax(rates > 0))
         if not visits_are_recorded(self.stage):
