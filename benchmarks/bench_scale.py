@@ -14,9 +14,9 @@
 r"""What attribution costs, as a ratio to one plain forward and backward pass over the same rows, and how it grows.
 
 `smollm2`: SmolLM2-135M (134.5 M parameters) finetuned on Wikipedia summaries, full-parameter or LoRA, one or three
-segments (of as many epochs, so that every row is scored in every segment), 16 queries. `ratio` is the processor time
-of the whole attribution (opening the record, query gradients, curvature, scores) over that of `loss.backward()` on the
-same rows in the same batches, in one process on one thread; the sample has 32 rows, a quarter or, of 384, a twelfth.
+segments of as many epochs (under a decaying learning rate the first is shorter than an epoch), 16 queries. `ratio` is
+the processor time of the whole attribution (opening the record, query gradients, curvature, scores) over that of
+`loss.backward()` on the same rows in the same batches, in one process on one thread; the sample has 32 rows.
 `phases` are the parts of it: `scoring` grows with the rows, `curvature` with the samples and the number of segments,
 `other` (weights, checks, query gradients) with neither, and weighs more on these few rows than on many. `llama 9M` is
 a model of that type of a fifteenth of the size, with rows of 512 tokens where it is `long`. `rows` and `queries`: a
