@@ -86,16 +86,13 @@ LINES: dict[str, dict[str, Any]] = {
         }
         for segments in (1, 3)
     },
-    "smollm2 lora, 384 rows, L=3": {
-        "kind": "lora", "segments": 3, "rows": 384, "tokens": TOKENS, "queries": NUM_QUERIES, "samples": 32,
+    "smollm2 lora, 256 rows, L=3": {
+        "kind": "lora", "segments": 3, "rows": 256, "tokens": TOKENS, "queries": NUM_QUERIES, "samples": 32,
         "max_tokens_per_batch": 2048, "memory_budget": 4 * 2**30,
     },
-    **{
-        f"smollm2 full, {rows} rows, L={segments}": {
-            "kind": "full", "segments": segments, "rows": rows, "tokens": TOKENS, "queries": NUM_QUERIES,
-            "samples": 32, "max_tokens_per_batch": 512, "memory_budget": 5 * 2**30, "vector_dtype": "bfloat16",
-        }
-        for rows, segments in ((384, 1), (512, 3))
+    "smollm2 full, 512 rows, L=3": {
+        "kind": "full", "segments": 3, "rows": 512, "tokens": TOKENS, "queries": NUM_QUERIES, "samples": 32,
+        "max_tokens_per_batch": 512, "memory_budget": 5 * 2**30, "vector_dtype": "bfloat16",
     },
     **{
         f"llama 9M full, L={segments}": {

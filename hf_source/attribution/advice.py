@@ -154,30 +154,40 @@ def advise(attributor: "SourceAttributor", measured: Measured) -> Advice:
     # What the user allows to be held; a small model's walk holds less than that anyway.
     max_memory = max(attributor.memory_budget, int(max_cost * default.memory))
     obstacle = replay_obstacle(attributor.record.stages)
-    replays = () if obstacle else _replays(attributor, measured, default.seconds * max_cost, max_memory)
+    limits = default.seconds * max_cost, max_memory, max(attributor.memory_budget, default.memory)
+    replays = () if obstacle else _replays(attributor, measured, *limits)
     steps = sum(stage.num_steps for stage in measured.stages)
     return Advice(default, replays, obstacle, max_cost, max_memory, steps)
 
 
-def _replays(attributor, measured: Measured, max_seconds: float, max_memory: int) -> tuple[Candidate, ...]:
-    """The methods that replay; a step of the run is timed where they could be taken."""
+def _replays(attributor, measured: Measured, max_seconds: float, max_memory: int, room: int) -> tuple[Candidate, ...]:
+    """The methods that replay; a step of the run is timed where they could be taken.
+
+    Exact products only where they take no more memory than the default or what was allowed (`room`): a plan should
+    not need more than what it plans.
+    """
     draws = set(DRAWS) | ({attributor.options.draws} if attributor.method == "stepwise" else set())
     asked = [("stepwise", {"draws": number}) for number in sorted(draws)] + [("unrolled", {})]
     found = [_candidate(attributor, measured, method, options) for method, options in asked]
     # By tokens, a replay looks up to a few times as long as it is: its batches are small and share their forward pass.
     if found[0].seconds > 10 * max_seconds or found[0].memory > max_memory:
         return tuple(found)
+    timed_exactly = found[-1].memory <= room
     cost = replay_cost(
         measured.stages,
         attributor.all_rows(),
         measured.num_queries,
         attributor.walk_settings(),
         attributor.build_model,
+        timed_exactly,
     )
     tokens = _visited_tokens(attributor, measured.stages)
     timed = []
     for each in found:
         exact = each.method == "unrolled"
+        if exact and not timed_exactly:
+            timed.append(each)
+            continue
         rate = cost.exact(measured.num_queries) if exact else cost.sampled(each.options["draws"])
         timed.append(replace(each, seconds=rate * tokens))
     return tuple(each for each in timed if each.seconds < float("inf"))

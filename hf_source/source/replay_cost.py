@@ -44,7 +44,8 @@ class ReplayCost:
         forward: repeating it, as often as is needed.
         backward: going back through it, without products with its curvature.
         draw: of `SampledProducts`, for all queries.
-        first: going back through it with exact products, for one query; infinite without second derivatives.
+        first: going back through it with exact products, for one query; infinite without second derivatives, or where
+            they were not timed.
         query: the same for each other query.
         tokens: of its rows, or what else the lengths of rows count.
     """
@@ -71,12 +72,14 @@ def replay_cost(
     num_queries: int,
     settings: WalkSettings,
     models: Callable[[StageRecord], nn.Module],
+    exact: bool = True,
 ) -> ReplayCost:
     """Time a step of the last stage, of average size, twice if it is short; the shorter times count.
 
     Args:
         stages, rows, settings, models: see `walk`.
         num_queries: asked.
+        exact: whether exact products are timed, which take the memory that they will take in the replay.
     """
 
     def anything(gradients) -> Vectors:
@@ -105,11 +108,13 @@ def replay_cost(
         asked = {name: vector[:queries].clone() for name, vector in vectors.items()}
         run.step_back(step, state, asked, {}, scores[:queries])
 
+    first = more = float("inf")
     several = min(_QUERIES, num_queries)
     try:
-        first = _shortest(lambda: back(ExactProducts(), 1), device)
-        several = min(several, 2) if first > _LONG else several
-        more = _shortest(lambda: back(ExactProducts(), several), device) if several > 1 else first
+        if exact:
+            first = _shortest(lambda: back(ExactProducts(), 1), device)
+            several = min(several, 2) if first > _LONG else several
+            more = _shortest(lambda: back(ExactProducts(), several), device) if several > 1 else first
     except RuntimeError:  # an operation whose derivative cannot be differentiated, or too little memory
         first = more = float("inf")
     return ReplayCost(

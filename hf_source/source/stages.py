@@ -80,6 +80,7 @@ def open_stage(
     settings: WalkSettings,
     models: Callable[[StageRecord], nn.Module],
     vectors: Vectors | None,
+    together: Together | None = None,
 ) -> tuple[RowGradients, dict[str, str], Vectors]:
     """Enter a stage at its end.
 
@@ -87,6 +88,7 @@ def open_stage(
         stages, rows, query_gradients, settings, models: see `walk`.
         position: of the stage among the stages.
         vectors: at the start of the stage after it, by canonical name; `None` for the last stage.
+        together: processes whose vectors stay with them, if they do: only this one's parameters are entered.
 
     Returns:
         The engine of the stage's model, canonical names of its parameters, and the vectors at its end by own name.
@@ -98,8 +100,8 @@ def open_stage(
     gradients = RowGradients(model, own.task, list(names))
     own.prepare(gradients)
     gradients.check(own.collated(own.shortest(2), settings.device))
-    if settings.together.shards > 1:
-        names = settings.together.shard(trained_sizes(stages), names)
+    if together is not None and together.shards > 1:
+        names = together.shard(trained_sizes(stages), names)
         gradients = gradients.only(names)
     if vectors is not None:
         return gradients, names, enter_stage(vectors, names, stages, position, gradients)

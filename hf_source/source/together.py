@@ -54,16 +54,12 @@ class Together:
 
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over processes that have different parameters; every one gets it."""
-        if self.alone:
-            return tensor
         summed = reduce(tensor, "sum")
         return summed if self.shards == 1 else summed / self.rows[1]  # as many have the same ones
 
     def union(self, numbers: Iterable[float], device: torch.device) -> list[float]:
         """The different numbers that the processes have, ascending."""
         own = torch.tensor(sorted(numbers), dtype=torch.float64, device=device)
-        if self.alone:
-            return own.unique().tolist()
         sizes = gather(torch.tensor([len(own)], device=device))
         padded = own.new_full((int(sizes.max()),), torch.nan)
         padded[: len(own)] = own
@@ -109,8 +105,6 @@ class Together:
             like: its shape and type.
             device: where it goes on the others.
         """
-        if self.alone:
-            return tensor
         if self.index != owner:
             tensor = torch.empty(like.shape, dtype=like.dtype, device=device)
         return broadcast(tensor.to(like.dtype).contiguous(), from_process=owner)

@@ -381,21 +381,25 @@ class RecordedRun:
             self._load(snapshot)
             self._by_products(step, forces, step_sizes, adjoint, scores)
 
-    def _objectives(self, step: int, snapshot: Snapshot) -> Iterator[tuple[np.ndarray, float, Objective]]:
-        """Pieces, normalizer and loss of the batches of a step, ready to be differentiated twice."""
+    def _objectives(self, step: int, snapshot: Snapshot) -> Iterator[tuple[int, np.ndarray, float, Objective]]:
+        """Number, pieces, normalizer and loss of the batches of a step, ready to be differentiated twice.
+
+        A batch for which memory does not suffice comes in parts, which have its number: other processes may have
+        room for it.
+        """
         self._load(snapshot)
-        for pieces, batch, normalizer in self.micro_batches(step, padded=False):
+        for number, (pieces, batch, normalizer) in enumerate(self.micro_batches(step, padded=False)):
             own = partial(self._objective, batch, normalizer)
             for rows, found in self._parts(own, range(len(pieces))):
-                yield pieces[rows.start : rows.stop], normalizer, found
+                yield number, pieces[rows.start : rows.stop], normalizer, found
 
     def _objective(self, batch: Mapping[str, torch.Tensor], normalizer: float, rows: range) -> Objective:
         return Objective(self.gradients, batch_rows(batch, rows), normalizer)
 
-    def _sum(self, step: int, objectives: list[tuple[np.ndarray, float, Objective]]) -> dict[str, torch.Tensor]:
+    def _sum(self, step: int, objectives: list[tuple[int, np.ndarray, float, Objective]]) -> dict[str, torch.Tensor]:
         """The step's gradient before clipping."""
         frozen, total = self.stage.frozen_at(step), {}
-        for _, _, objective in objectives:
+        for *_, objective in objectives:
             for name in self.trained:
                 if name in objective.gradient and name not in frozen:
                     part = objective.gradient[name]
@@ -405,7 +409,7 @@ class RecordedRun:
     def _exactly(self, objectives: Iterator, forces: Vectors, adjoint: Vectors, scores: np.ndarray) -> None:
         """Rows' scores and `H h`, both of one derivative along the forces."""
         mine, count = self.settings.together.index, self.settings.together.count
-        for position, (pieces, normalizer, objective) in enumerate(objectives):
+        for position, pieces, normalizer, objective in objectives:
             for queries, found, dots in objective.along(forces):
                 for name, part in found.items():
                     adjoint[name][queries] += part

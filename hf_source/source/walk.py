@@ -77,7 +77,9 @@ def walk(
             continue
         vectors, known = resume.vectors(position, vectors, settings.device)
         ask = query_gradients if known is None else lambda gradients: {}
-        gradients, names, vectors = open_stage(stages, position, rows, ask, settings, models, vectors)
+        gradients, names, vectors = open_stage(
+            stages, position, rows, ask, settings, models, vectors, settings.together
+        )
         give_back()
         if known is not None:
             vectors = {name: known[canonical] for name, canonical in names.items()}

@@ -28,6 +28,7 @@ from hf_source.attribution import METHODS
 from hf_source.errors import ConfigError, DataError, RecordError, UnsupportedError
 from hf_source.evaluation import losses_of, retrain
 from hf_source.gradients import RowGradients
+from hf_source.index.responses import Responses
 from hf_source.source import draw_sample, on_disk
 
 from ..cases import byte_tokenizer, config, tiny_gpt2
@@ -249,7 +250,7 @@ class FourProcesses(Accelerator):
     num_processes = 4
 
 
-def test_vectors_are_sharded_over_processes(story):
+def test_vectors_are_sharded_over_processes(story, queries):
     """What the processes then do: `tests/source/test_together.py` and `tests/distributed`."""
     from hf_source.attribution.methods import base
 
@@ -266,6 +267,14 @@ def test_vectors_are_sharded_over_processes(story):
     assert halves.like(num_samples=4).vector_shards == 2 and halves.like(method="grad-dot").vector_shards == 1
     assert base.num_vector_bytes(halves, 3) == base.num_vector_bytes(attributor(story), 3) // 2
     assert halves.walk_settings().together.rows == (0, 2)
+    # What does not walk has all parameters: an index, and the replay that a plan times.
+    whole = attributor(story)
+    for position in range(2):
+        engines = [Responses(each).engine(position)[0] for each in (halves, whole)]
+        assert engines[0].parameters.keys() == engines[1].parameters.keys()
+    plans = [each.plan(None, queries) for each in (halves, whole)]
+    assert plans[0].memory["query vectors"] == plans[1].memory["query vectors"] // 2
+    assert len(plans[0].advice.replays) == len(plans[1].advice.replays)
 
 
 def test_carried_vectors_wait_on_disk(story, queries, scores, monkeypatch, tmp_path):

@@ -13,6 +13,7 @@
 # limitations under the License.
 """`method="auto"` and the advice of a plan: which method is taken, why, and what is said of it."""
 
+import importlib
 import logging
 import time
 from dataclasses import replace
@@ -76,6 +77,35 @@ def test_many_queries_of_a_short_run_are_not_scored_exactly(short, monkeypatch):
     scores = own.scores(None, many)
     assert own.settings() == attributor(short, "stepwise").settings() and own.settings()["draws"] == 16
     np.testing.assert_array_equal(scores, attributor(short, "stepwise").scores(None, many))
+
+
+def test_exact_products_are_timed_only_where_they_fit(short, asked, monkeypatch):
+    """A plan does not take memory that neither the default method nor the budget takes."""
+    advice, timing = (
+        importlib.import_module(f"hf_source.{name}") for name in ("attribution.advice", "source.replay_cost")
+    )
+    candidate, timed = advice._candidate, []
+
+    class Timed(timing.ExactProducts):
+        def __init__(self):
+            timed.append(1)
+            super().__init__()
+
+    monkeypatch.setattr(timing, "ExactProducts", Timed)
+    own = attributor(short, memory_budget=2**20)
+    expected = own.plan(None, asked).advice
+    assert timed
+    room = max(2**20, expected.default.memory)
+
+    def larger(*given):
+        found = candidate(*given)
+        return replace(found, memory=room + 1) if found.method == "unrolled" else found
+
+    monkeypatch.setattr(advice, "_candidate", larger)
+    timed.clear()
+    found = own.plan(None, asked).advice
+    assert not timed and [each.method for each in found.replays] == ["stepwise", "stepwise", "unrolled"]
+    assert 0 < found.replays[-1].seconds < float("inf")
 
 
 def test_a_long_run_is_walked_through(long, asked):

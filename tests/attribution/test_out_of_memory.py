@@ -14,22 +14,25 @@
 """Where memory runs out, fewer rows go through the model at once, and the scores stay what they were."""
 
 import importlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from hf_source import Queries, SourceAttributor
+from hf_source import Queries, SourceAttributor, SourceTrainer, TrainingRecord
 from hf_source.budget import NotEnoughMemoryError, Parts
 from hf_source.curvature import FisherSample
 from hf_source.curvature.columns import Columns
 from hf_source.curvature.ekfac import KroneckerMoments
 from hf_source.gradients import CausalLMTask, RowGradients
 from hf_source.gradients.task import batch_rows
+from hf_source.source import Together
 
-from ..cases import tiny_gpt2
+from ..cases import byte_tokenizer, config, tiny_gpt2
 from ..oracles import make_batch
+from ..story import facts
 
 
 MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB"
@@ -96,6 +99,25 @@ def test_every_method_goes_on_with_fewer_rows(story, small, settings):
         np.testing.assert_allclose(found, expected, atol=3e-2 * np.abs(expected).max())
     else:
         assert_same(found, expected)
+
+
+def test_processes_with_room_for_different_numbers_of_rows_score_each_row_once(tmp_path, small):
+    """The exact derivative shares out micro-batches, of which one process makes parts and the other does not."""
+    # Adam's first steps divide by numbers next to zero, which would make much of another order of sums.
+    batches = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 2, "optim": "sgd"}
+    model, args = tiny_gpt2(vocab_size=260), config(tmp_path, num_segments=1, **batches)
+    SourceTrainer(model, args, train_dataset=facts(), processing_class=byte_tokenizer()).train()
+    record, parts = TrainingRecord.load(tmp_path / "record"), []
+    expected = attributor(record, method="unrolled").scores(None, ask())
+    for index, most in enumerate((64, 2)):
+        tried = small(most)
+        walker = attributor(record, method="unrolled")
+        known = replace(walker.walk_settings(), together=Together(index, 2))
+        walker.walk_settings = lambda known=known: known
+        parts.append(walker.scores(None, ask()))
+    assert max(tried) == 4
+    assert all(part.any() for part in parts)
+    assert_same(sum(parts), expected)
 
 
 def test_rows_alone_and_an_index_go_on_with_fewer_rows(story, small, tmp_path):

@@ -16,20 +16,24 @@
 `tests/distributed` starts real processes.
 """
 
+import importlib
 import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from hf_source import Queries, SourceAttributor
-from hf_source.curvature import JointCurvature
+from hf_source.curvature import FisherSample, Flow, IdentityCurvature, JointCurvature
 from hf_source.errors import ConfigError
-from hf_source.source import Together
+from hf_source.gradients import CausalLMTask, RowGradients
+from hf_source.source import Together, WalkSettings
 from hf_source.source.work import Work
 
 
+propagate = importlib.import_module("hf_source.source.walk")._propagate  # the package has a function of that name
 SETTINGS = {"num_samples": 16, "progress": False, "max_tokens_per_batch": 24}
 
 
@@ -177,15 +181,27 @@ def test_processes_go_on_where_the_first_was_killed(story, expected, tmp_path, m
     assert not left
 
 
-def test_of_fewer_parameters_than_processes_each_takes_all():
-    """Or some process would have none."""
-    owners = Together(0, 4).owners({"a": 2, "b": 1})
-    assert set(owners.values()) < set(range(4))
-    assert torch.equal(Together().given(torch.ones(2), 0, None, None), torch.ones(2))
+class Silent(Together):
+    """One of two processes, of which the other does not answer."""
+
+    total = union = given = None
+
+
+def test_one_parameter_is_not_shared_between_two_processes():
+    """One of them would have none."""
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5)).double()
+    gradients = RowGradients(model, CausalLMTask(), ["1.weight"])
+    sample = FisherSample(gradients, [])
+    vectors = {"1.weight": torch.ones(2, 5, 3, dtype=torch.float64)}
+    flow = Flow(0.5, {"1.weight": torch.tensor(2.0)}, {"1.weight": torch.tensor(0.0)})
+    settings = WalkSettings(IdentityCurvature(), 1, torch.float64, together=Silent(1, 2))
+    scoring, carried = propagate(settings, dict(vectors), flow, sample, carry=True)
+    torch.testing.assert_close(scoring["1.weight"], vectors["1.weight"])  # s P q
+    torch.testing.assert_close(carried["1.weight"], vectors["1.weight"])
+
+
+def test_a_shard_without_parameters_is_refused():
+    names = {"own.a": "a", "own.b": "b"}
     with pytest.raises(ConfigError, match="vector_shards=4: some process would have no parameter of the 2"):
-        Together(0, 4, 4).shard({"a": 2, "b": 1}, {"own.a": "a", "own.b": "b"})
-    assert Together(1, 2, 2).shard({"a": 2, "b": 1}, {"own.a": "a", "own.b": "b"}) == {"own.b": "b"}
-
-
-def test_numbers_that_some_process_has():
-    assert Together().union([2.0, 0.5, 2.0], torch.device("cpu")) == [0.5, 2.0]
+        Together(0, 4, 4).shard({"a": 2, "b": 1}, names)
+    assert Together(1, 2, 2).shard({"a": 2, "b": 1}, names) == {"own.b": "b"}
