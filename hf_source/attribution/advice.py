@@ -134,7 +134,8 @@ class Advice:
 def advised_plan(attributor: "SourceAttributor", queries: Queries, target: "StageRecord") -> Plan:
     """The plan of the attributor's method, or of what `method="auto"` takes, with advice where there is some."""
     measured = measure(attributor, queries, target)
-    if attributor.method not in ADVISED or attributor.ensemble is not None or attributor.index is not None:
+    alone = attributor.ensemble is None and attributor.index is None and attributor.shards is None
+    if attributor.method not in ADVISED or not alone:
         return estimate(attributor, measured)
     advice = advise(attributor, measured)
     taken = variant(attributor, advice.best) if attributor.method == "auto" else attributor

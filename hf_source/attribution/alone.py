@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from ..budget import Parts
-from ..gradients import RowGradients, RowLossTask
 from ..recording import StageRecord
 from ..source import self_influence
 
@@ -31,22 +30,17 @@ if TYPE_CHECKING:
 
 def own_influence(attributor: "SourceAttributor", stage: StageRecord, rows: "StageRows") -> np.ndarray:
     """Influence of each row of a stage on its own loss, float64 `[rows]` by row number, nats."""
-    gradients = RowGradients(attributor.build_model(stage), rows.task, stage.trainable)
-    rows.prepare(gradients)
-    gradients.check(rows.collated(rows.shortest(2), attributor.device))
-    found = self_influence(stage, rows, gradients, attributor.walk_settings())
+    with attributor.entered(stage, stage.trainable) as gradients:
+        found = self_influence(stage, rows, gradients, attributor.walk_settings())
     return attributor.total(torch.as_tensor(found, device=attributor.device)).cpu().numpy()
 
 
 def final_losses(attributor: "SourceAttributor", stage: StageRecord, rows: "StageRows") -> np.ndarray:
     """Loss of each row at the stage's final weights, float64 `[rows]` by row number, nats."""
-    model, found = attributor.build_model(stage), np.zeros(stage.num_rows)
-    gradients = RowGradients(model, rows.task, ())
-    if isinstance(rows.task, RowLossTask):
-        rows.task.prepare(model, rows)
-    stage.load_weights(model, "final")
-    losses_of, parts = lambda some: gradients.run(rows.collated(some, attributor.device)).losses, Parts()
-    for batch in attributor.progress(rows.batches(rows.trained), f"losses of {stage.name}"):
-        for pieces, losses in parts(losses_of, batch):
-            np.add.at(found, rows.row[pieces], losses.double().cpu().numpy())
+    found, parts = np.zeros(stage.num_rows), Parts()
+    with attributor.entered(stage) as gradients:
+        losses_of = lambda some: gradients.run(rows.collated(some, attributor.device)).losses  # noqa: E731
+        for batch in attributor.progress(rows.batches(rows.trained), f"losses of {stage.name}"):
+            for pieces, losses in parts(losses_of, batch):
+                np.add.at(found, rows.row[pieces], losses.double().cpu().numpy())
     return found

@@ -50,8 +50,11 @@ def ask(
     if task is not gradients.task:
         if not queries.are_rows:
             _refuse_without_text(attributor, gradients.model)
-        gradients = RowGradients(gradients.model, task, list(gradients.parameters))
-        gradients.check(collated(range(min(2, len(queries)))))
+        if gradients.shards is None:
+            gradients = RowGradients(gradients.model, task, list(gradients.parameters))
+            gradients.check(collated(range(min(2, len(queries)))))
+        else:  # its rules were checked while the model was whole
+            gradients = gradients.with_task(task)
     measure = getattr(task, "length", len)
     lengths, parts = np.asarray([measure(row) for row in encoded.rows]), Parts()
     for batch in _batches(attributor, lengths):

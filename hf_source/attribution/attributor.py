@@ -15,6 +15,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
 from numbers import Integral
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, parse_flag_from_env
 from datasets import Dataset
 from torch import nn
 
@@ -32,6 +34,7 @@ from ..budget import naming_the_fix, parse_bytes
 from ..curvature import JointCurvature, make_curvature
 from ..errors import ConfigError, DataError, UnsupportedError
 from ..gradients import PROBES, Loss, Measurement, Task, describe_measurement
+from ..gradients.shards import Shards
 from ..logs import get_logger
 from ..outputs.columns import add_score_columns, check_names, top_table, with_note
 from ..outputs.token_columns import add_token_columns, check_token_names, token_texts
@@ -98,6 +101,8 @@ class SourceAttributor(Shared, RunReader):
             time, at an accuracy of some thousandths (`docs/scaling.md`). By default they are as gradients.
         vector_shards: processes that hold the query vectors between them, where they do not fit one; their number has
             to be a multiple of it. Each scores its rows along its own parameters only. With 1 every process holds all.
+        shard_model: hold the model between the processes (FSDP2), of `source` and `fast-source`: each has a share of
+            every layer, for models that one device has no room for. By default as `accelerate launch` was told.
         cache_dir: folder where finished work is kept, so that the same attribution goes on where it was when it was
             killed; scores stay, vectors (as large as the model times the queries) are deleted as they are used up.
         seed: of the sampled rows and labels.
@@ -141,6 +146,7 @@ class SourceAttributor(Shared, RunReader):
         dtype: torch.dtype = torch.float32,
         vector_dtype: str | None = None,
         vector_shards: int = 1,
+        shard_model: bool | None = None,
         seed: int = 0,
         accelerator: Accelerator | None = None,
         progress: bool = True,
@@ -195,6 +201,7 @@ class SourceAttributor(Shared, RunReader):
             "dtype": dtype,
             "vector_dtype": vector_dtype,
             "vector_shards": vector_shards,
+            "shard_model": shard_model,
             "seed": seed,
             "accelerator": accelerator,
             "progress": progress,
@@ -226,6 +233,7 @@ class SourceAttributor(Shared, RunReader):
             gradient_checkpointing=gradient_checkpointing,
         )
         self.vector_shards = self._vector_shards(vector_shards)
+        self.shards = self._model_shards(shard_model, ensemble)
         self._walked: dict[str, dict[str, np.ndarray]] = {}
         self._walks: dict[str, Any] = {}
         # What `method="auto"` took, and why.
@@ -270,7 +278,7 @@ class SourceAttributor(Shared, RunReader):
         if not same or changes.get("curvature", "joint") != "joint":  # vectors of others are held as gradients are
             given["vector_dtype"] = None
         if not same:
-            given["vector_shards"] = 1
+            given |= {"vector_shards": 1, "shard_model": None}
         if same and "method" not in changes:
             given["index"] = self.index
         records = self.record if self.ensemble is None else self.ensemble.records
@@ -325,12 +333,32 @@ class SourceAttributor(Shared, RunReader):
             self.dtype,
             self.device,
             self.seed,
-            Together(self.accelerator.process_index, self.accelerator.num_processes, self.vector_shards),
+            self._together,
             self.momentum,
             self.progress,
             probes=self.probes,
             vector_dtype=self.vector_dtype,
         )
+
+    @property
+    def _together(self) -> Together:
+        own = {} if self.shards is None else {"settle": self.shards.settle}
+        return Together(self.accelerator.process_index, self.accelerator.num_processes, self.vector_shards, **own)
+
+    def _model_shards(self, asked: bool | None, ensemble: str | None) -> Shards | None:
+        walks = self.method in ("source", "fast-source") and self.curvature_name != "exact"
+        possible = self.accelerator.num_processes > 1 and walks and ensemble in (None, "independent")
+        if asked and not possible:
+            raise ConfigError(
+                "shard_model=True belongs to method='source' and 'fast-source', not to curvature='exact' or ensemble="
+                "'dropout' and 'lora', and to several processes (`accelerate launch` or `torchrun`); here are "
+                f"{self.accelerator.num_processes}, with {self.method!r} and {self.curvature_name!r}."
+            )
+        # Accelerate itself shards on accelerators only.
+        launched = self.accelerator.distributed_type == DistributedType.FSDP or parse_flag_from_env(
+            "ACCELERATE_USE_FSDP"
+        )
+        return Shards(self.device) if possible and (launched if asked is None else asked) else None
 
     def _vector_shards(self, number: int) -> int:
         if not isinstance(number, int) or number < 1 or self.accelerator.num_processes % number:
@@ -451,13 +479,15 @@ class SourceAttributor(Shared, RunReader):
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens={max_new_tokens}: a completion has at least one token (32 is usual).")
         prompts = [prompt_text(self.processing_class, prompt) for prompt in prompts]
-        model = self.build_model(self.record.stages[-1])
-        rows: list[dict[str, list[int]]] = []
-        for start in self.progress(range(0, len(prompts), batch_size), "generating"):
-            texts = prompts[start : start + batch_size]
-            rows += complete(
-                model, self.processing_class, texts, self.context_length, max_new_tokens, **generate_kwargs
-            )
+        last = self.record.stages[-1]
+        with nullcontext() if self.shards is None else self.entered(last) as shared:
+            model = self.build_model(last) if shared is None else shared.model
+            rows: list[dict[str, list[int]]] = []
+            for start in self.progress(range(0, len(prompts), batch_size), "generating"):
+                texts = prompts[start : start + batch_size]
+                rows += complete(
+                    model, self.processing_class, texts, self.context_length, max_new_tokens, **generate_kwargs
+                )
         completions = [
             self.processing_class.decode([label for label in row["labels"] if label != -100], skip_special_tokens=True)
             for row in rows
@@ -808,6 +838,8 @@ class SourceAttributor(Shared, RunReader):
         if METHODS[self.method].reads_text:
             return text_plan(self, queries, list(self.record.stages[record.index :]))
         plan = advised_plan(self, queries, record)
+        if self.shards is not None:
+            self.shards.release()
         return plan if self.ensemble is None else self.ensemble.plan(plan)
 
 

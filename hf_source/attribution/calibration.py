@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..budget import clock, give_back, held_by_process
 from ..curvature.block import GradientMoments, as_matrices, rotate
@@ -27,6 +28,7 @@ from ..gradients import RowGradients
 from ..gradients.rerun import region
 from ..gradients.rules import Call, Rule
 from ..recording import StageRecord
+from ..recording.sharding import local
 from ..source import score_rows
 from .cost import JointCost
 from .methods.projected import ProjectedOptions
@@ -79,10 +81,12 @@ def calibrate(
 ) -> Calibration:
     """Run a few batches of a stage, at its final weights."""
     rows = attributor.rows(stage)
-    rows.prepare(gradients)
-    stage.load_weights(gradients.model, "final")
     start = clock(attributor.device)
-    gradients.check(rows.collated(rows.shortest(2), attributor.device))
+    if not gradients.checked:
+        rows.prepare(gradients)
+        stage.load_weights(gradients.model, "final")
+        start = clock(attributor.device)
+        gradients.check(rows.collated(rows.shortest(2), attributor.device))
     checking = clock(attributor.device) - start
     batches = rows.batches(rows.trained)
     chosen = [batches[i] for i in sorted({0, len(batches) // 2, len(batches) - 1})]
@@ -162,12 +166,14 @@ def _bytes_per_token(
     A batch: what autograd keeps of it and what rules read, each once, and three times the largest for its gradient.
     """
     batch = rows.collated(numbers, device)
-    own = {parameter.untyped_storage().data_ptr() for parameter in gradients.model.parameters()}
+    own = {local(parameter).untyped_storage().data_ptr() for parameter in gradients.model.parameters()}
     by_region: dict[int, dict[int, int]] = {}  # a layer that is run again lets go what it held
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         place = tensor.untyped_storage()
-        if place.data_ptr() not in own:
+        source = tensor if tensor._base is None else tensor._base
+        # Weights that came from other processes are let go once their layer is done.
+        if place.data_ptr() not in own and not isinstance(source, nn.Parameter):
             held = by_region.setdefault(region(), {})
             held[place.data_ptr()] = max(held.get(place.data_ptr(), 0), place.nbytes())
         return tensor.detach()  # an output that its own node held would hold the node

@@ -24,6 +24,7 @@ from ..budget import queries_at_once
 from ..curvature import EKFACCurvature, JointCurvature, column_bytes
 from ..curvature.joint import PIECE_BYTES
 from ..gradients import ClassificationTask, RowGradients
+from ..gradients.rerun import layers_of
 from ..recording import StageRecord
 from ..source import DIRECTIONS_BYTES, state_stride, wanted_parameters
 from .calibration import Calibration, calibrate
@@ -158,9 +159,12 @@ def measure(attributor: "SourceAttributor", queries: Queries, target: StageRecor
     """Time a few batches of the last stage; `target` is the stage whose rows are scored."""
     stages = [stage for stage in attributor.record.stages if stage.index >= target.index]
     last = stages[-1]
-    model = attributor.build_model(last)
-    wanted = wanted_parameters(model, attributor.record.stages)
-    gradients = RowGradients(model, attributor.rows(last).task, list(wanted))
+    model = attributor.build_model(last, attributor.place)
+    wanted = list(wanted_parameters(model, attributor.record.stages))
+    if attributor.shards is None:
+        gradients = RowGradients(model, attributor.rows(last).task, wanted)
+    else:
+        gradients = attributor.engine(last, model, wanted)
     return Measured(stages, gradients, len(queries), calibrate(attributor, gradients, last, len(queries)))
 
 
@@ -399,7 +403,7 @@ def _memory(
 ) -> dict[str, int]:
     sizes = [parameter.numel() for parameter in gradients.parameters.values()]
     element = next(iter(gradients.parameters.values())).element_size()
-    total, model = sum(sizes) * element, sum(p.numel() * p.element_size() for p in gradients.model.parameters())
+    total, model = sum(sizes) * element, _model_bytes(gradients)
     if isinstance(attributor.options, ProjectedOptions):
         return {"model": model, **_projected_memory(attributor, num_queries)}
     memory = {"model": model, "query vectors": 3 * num_queries * total, "a batch": speed.rows_bytes}
@@ -436,6 +440,14 @@ def _memory(
             memory["segment"] = total  # its preconditioner
             memory = _heaviest_phase(memory, speed.batch_bytes)
     return memory
+
+
+def _model_bytes(gradients: RowGradients) -> int:
+    """What a process holds of the model: of one that is shared, its part, and a layer and the one after it whole."""
+    size = lambda part: sum(p.numel() * p.element_size() for p in part.parameters())  # noqa: E731
+    if gradients.shards is None:
+        return size(gradients.model)
+    return size(gradients.model) // gradients.shards.count + 2 * max(map(size, layers_of(gradients.model)))
 
 
 def _heaviest_phase(memory: dict[str, int], batch: int) -> dict[str, int]:

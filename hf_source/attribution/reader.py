@@ -13,7 +13,8 @@
 # limitations under the License.
 """What a record, the datasets and the user say together: rows, tasks, models and batches of every stage."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from ..gradients import (
 )
 from ..gradients.heads import LABELS
 from ..gradients.rerun import enable as enable_rerun
+from ..gradients.shards import Shards
 from ..recording import StageRecord, TrainingRecord
 from ..recording.quantized import keep_differentiable
 from .asking import ask
@@ -98,6 +100,7 @@ class RunReader:
         self.make_model = model
         self._reads_text = reads_text
         self.gradient_checkpointing = gradient_checkpointing
+        self.shards: Shards | None = None
         self._datasets: dict[str, Dataset] = {}
         self._rows: dict[str, StageRows] = {}
         # What a member of an ensemble changes of a model, and the parameters it chooses at the final weights.
@@ -190,20 +193,53 @@ class RunReader:
             task = Seq2SeqTask() if stage.is_encoder_decoder else CausalLMTask()
         return measured(task, self._measurement)
 
-    def build_model(self, stage: StageRecord) -> nn.Module:
-        """The stage's model at its final weights, in evaluation mode on the attributor's device."""
+    def build_model(self, stage: StageRecord, device: torch.device | str | None = None) -> nn.Module:
+        """The stage's model at its final weights, in evaluation mode on a device, the attributor's by default."""
         if self.make_model is None:
             model = stage.build_model(self.dtype)
         else:
             model = self.make_model(stage)
             stage.load_weights(model, "final")
             keep_differentiable(model)
-        model = model.to(self.device, self.dtype).eval()
+        model = model.to(device or self.device, self.dtype).eval()
         if self._change_model is not None:
             self._change_model(model, stage)
         if self.gradient_checkpointing:
             enable_rerun(model)
         return model
+
+    @property
+    def place(self) -> torch.device:
+        """Where a model is built: on the device, or beside it if processes are to share it."""
+        return self.device if self.shards is None else torch.device("cpu")
+
+    def engine(self, stage: StageRecord, model: nn.Module, names: Sequence[str]) -> RowGradients:
+        """The engine of a stage's model at its final weights for some parameters; checked, if there are any."""
+        rows = self.rows(stage)
+        gradients, batch = RowGradients(model, rows.task, names), rows.collated(rows.shortest(2), self.place)
+        if names:
+            rows.prepare(gradients)
+        elif isinstance(rows.task, RowLossTask):
+            rows.task.prepare(model, rows)
+        stage.load_weights(model, "final")
+        if names:
+            gradients.check(batch)
+        if self.shards is not None:
+            self.shards.take(gradients, batch)
+        return gradients
+
+    @contextmanager
+    def entered(self, stage: StageRecord, names: Sequence[str] = ()) -> Iterator[RowGradients]:
+        """See `engine`; processes that hold the model between them let it go together."""
+        gradients = self.engine(stage, self.build_model(stage, self.place), names)
+        if self.shards is None:
+            yield gradients
+            return
+        try:
+            yield gradients
+            self.shards.settle()
+        finally:
+            self.shards.release()
 
     def final_parameters(self, model: nn.Module, recorded: list[str]) -> list[str]:
         """Parameters compared by a method at the final weights: the recorded ones, or those of a member's adapter."""

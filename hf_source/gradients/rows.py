@@ -25,10 +25,10 @@ import copy
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -42,6 +42,9 @@ from .rerun import Rerun, leaves_of, with_grads
 from .rules import Call, Rule, rules_for
 from .task import Batch, Task, task_labels
 
+
+if TYPE_CHECKING:
+    from .shards import Shards
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +88,8 @@ class RowGradients:
         around: parameters without a rule that holds -> the module that is run again for them.
         fallback: parameters that take a backward pass per row.
         single: parameters that meet one vector of each row, as the check saw, so that gradients are outer products.
+        vocabulary: parameters whose first axis is a vocabulary: embedding tables, and heads tied to them.
+        shards: processes that hold the model between them, if they do; `parameters` are then shapes alone.
     """
 
     def __init__(self, model: nn.Module, task: Task, names: Sequence[str], max_block_bytes: int = 256 * 2**20) -> None:
@@ -105,17 +110,11 @@ class RowGradients:
         for name, uses in self.uses.items():
             if uses is None:
                 self._leave_rules(name, next(iter(self._modules_around(name)), None))
+        tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        self.vocabulary = {name for name, parameter in self.parameters.items() if id(parameter) in tables}
         self.checked = False
         self.single: set[str] = set()
-
-    @property
-    def vocabulary(self) -> set[str]:
-        """Parameters whose first axis is a vocabulary: embedding tables, and heads tied to them."""
-        return {name for name, parameter in self.parameters.items() if id(parameter) in self._tables}
-
-    @cached_property
-    def _tables(self) -> set[int]:
-        return {id(module.weight) for module in self.model.modules() if isinstance(module, nn.Embedding)}
+        self.shards: Shards | None = None
 
     def _uses_of(self, parameter: nn.Parameter) -> list[Use] | None:
         uses = []
@@ -180,7 +179,11 @@ class RowGradients:
             generator: if given, labels are drawn from the model's predictions (for the Fisher).
         """
         given = task_labels(self.task, batch) if labels is None else labels
-        return next(self._passes(batch, given, names, [generator]))
+        with self._whole_batches():
+            return next(self._passes(batch, given, names, [generator]))
+
+    def _whole_batches(self) -> AbstractContextManager:
+        return nullcontext() if self.shards is None else self.shards.whole_batches()
 
     def stream(
         self,
@@ -208,7 +211,7 @@ class RowGradients:
         given = task_labels(self.task, batch) if labels is None else labels
         modules = {module for name in names for module in self._modules_for(name)}
         sequences = len(given) * getattr(self.task, "sequences_per_row", 1)
-        with Rerun(self.model) as rerun, self._captured(modules, sequences, rerun) as calls:
+        with self._whole_batches(), Rerun(self.model) as rerun, self._captured(modules, sequences, rerun) as calls:
             with torch.enable_grad():
                 outputs = self.task.forward(self.model, batch)
             if generator is not None:
@@ -277,7 +280,8 @@ class RowGradients:
                 labels = self.task.sample_labels(outputs.detach(), given, generator)
             with torch.enable_grad():
                 losses = self.task.row_losses(outputs, labels)
-            calls = self._backward(losses, made, keep=position < len(generators) - 1)
+            leaves = () if self.shards is None else leaves_of(losses)  # through every layer, as the others go
+            calls = self._backward(losses, made, position < len(generators) - 1, leaves)
             yield Pass(batch, labels, losses.detach(), calls)
 
     @staticmethod
@@ -386,6 +390,11 @@ class RowGradients:
         self, batch: Batch, labels: torch.Tensor, row: int, names: Sequence[str]
     ) -> dict[str, torch.Tensor]:
         """Gradients of one row alone, by autograd."""
+        if self.shards is not None:
+            raise UnsupportedError(
+                f"A batch came back from the module of {names[0]!r} in a layout that is unknown, and its weights are "
+                "on other processes: hold the model whole on each (shard_model=False)."
+            )
         one = {key: value[row : row + 1] for key, value in batch.items()}
         parameters = [self.parameters[name] for name in names]
         with self._requiring_grad(parameters), torch.enable_grad():

@@ -117,7 +117,10 @@ def _normalized(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     """`n(x)`."""
     if type(module) is nn.LayerNorm:
         return nn.functional.layer_norm(inputs, module.normalized_shape, eps=module.eps)
-    ones, zeros = ({"weight": torch.full_like(module.weight, scale)} for scale in (1.0, 0.0))
+    # The module's own weights are not asked: processes may hold them between them. Others cancel in the difference.
+    others = dict(module.named_parameters(recurse=False))
+    zeros = {name: torch.zeros(each.shape, dtype=each.dtype, device=inputs.device) for name, each in others.items()}
+    ones = {**zeros, "weight": torch.ones_like(zeros["weight"])}
     return torch.func.functional_call(module, ones, (inputs,)) - torch.func.functional_call(module, zeros, (inputs,))
 
 

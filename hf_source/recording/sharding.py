@@ -181,6 +181,15 @@ def part_of(whole: torch.Tensor | None, dtype: torch.dtype, like: torch.Tensor |
     return distribute_tensor(whole.to(device), like.device_mesh, like.placements).to_local()
 
 
+def put(parameter: torch.Tensor, whole: torch.Tensor) -> None:
+    """Copy a tensor that this process has whole into a parameter, or into its share of one that FSDP2 shards."""
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        whole = whole.to(mesh.device_type)
+        whole = distribute_tensor(whole, mesh, parameter.placements, src_data_rank=None).to_local()
+    local(parameter).copy_(whole)
+
+
 def class_of(model: torch.nn.Module) -> type:
     """The model's class; FSDP2 derives one of its own from it."""
     return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))

@@ -67,6 +67,7 @@ def self_influence(stage: StageRecord, rows: Any, gradients: RowGradients, setti
     """
     total = np.zeros(len(rows.row))
     for segment in stage.segments:
+        settings.together.settle()  # others may still need the weights of the segment before
         stage.load_weights(gradients.model, segment.index)
         flow = segment_flow(segment, gradients, settings)
         if flow.length <= 0:

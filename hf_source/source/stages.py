@@ -24,6 +24,7 @@ from torch import nn
 
 from ..errors import UnsupportedError
 from ..gradients import RowGradients
+from ..gradients.shards import Shards
 from ..recording import StageRecord
 from .together import Together
 from .work import Work
@@ -54,6 +55,7 @@ class WalkSettings:
         probes: what sampled gradients are drawn with, `"labels"` or `"signs"`.
         vector_dtype: that the sample's factored columns are held in; `dtype` by default.
         carry_in: folder where vectors that are carried on wait while a segment's rows are scored; `None`: in memory.
+        shards: the processes, where they hold the model between them.
     """
 
     curvature: Any
@@ -70,6 +72,7 @@ class WalkSettings:
     probes: str = "labels"
     vector_dtype: torch.dtype | None = None
     carry_in: Path | None = None
+    shards: Shards | None = None
 
 
 def open_stage(
@@ -94,12 +97,16 @@ def open_stage(
         The engine of the stage's model, canonical names of its parameters, and the vectors at its end by own name.
     """
     stage = stages[position]
-    model = models(stage).to(settings.device, settings.dtype).eval()
+    place = settings.device if settings.shards is None else torch.device("cpu")  # of a model that is whole
+    model = models(stage).to(place, settings.dtype).eval()
     names = wanted_parameters(model, stages[: position + 1])
     own = rows[stage.name]
     gradients = RowGradients(model, own.task, list(names))
     own.prepare(gradients)
-    gradients.check(own.collated(own.shortest(2), settings.device))
+    batch = own.collated(own.shortest(2), place)
+    gradients.check(batch)
+    if settings.shards is not None:
+        settings.shards.take(gradients, batch)
     if together is not None and together.shards > 1:
         names = together.shard(trained_sizes(stages), names)
         gradients = gradients.only(names)

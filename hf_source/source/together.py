@@ -19,7 +19,7 @@ from the process that made them to the others, so that each scores its share of 
 where they are too many for one (`shards`): then each scores rows along its own parameters, and the parts add up.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -36,11 +36,13 @@ class Together:
         index: of this process.
         count: of all of them.
         shards: processes that hold the vectors of all parameters between them; such groups share the rows.
+        settle: called before the processes do anything together but going through a model.
     """
 
     index: int = 0
     count: int = 1
     shards: int = 1
+    settle: Callable[[], None] = lambda: None
 
     @property
     def alone(self) -> bool:
@@ -54,12 +56,14 @@ class Together:
 
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over processes that have different parameters; every one gets it."""
+        self.settle()
         summed = reduce(tensor, "sum")
         return summed if self.shards == 1 else summed / self.rows[1]  # as many have the same ones
 
     def union(self, numbers: Iterable[float], device: torch.device) -> list[float]:
         """The different numbers that the processes have, ascending."""
         own = torch.tensor(sorted(numbers), dtype=torch.float64, device=device)
+        self.settle()
         sizes = gather(torch.tensor([len(own)], device=device))
         padded = own.new_full((int(sizes.max()),), torch.nan)
         padded[: len(own)] = own
@@ -68,7 +72,10 @@ class Together:
 
     def least(self, number: int, device: torch.device) -> int:
         """The smallest of the numbers that the processes have; every one waits for all."""
-        return number if self.alone else int(gather(torch.tensor([number], device=device)).min())
+        if self.alone:
+            return number
+        self.settle()
+        return int(gather(torch.tensor([number], device=device)).min())
 
     def owners(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """Which process, or shard, works on each parameter: the largest first, to the one that has least to do."""
@@ -105,6 +112,7 @@ class Together:
             like: its shape and type.
             device: where it goes on the others.
         """
+        self.settle()
         if self.index != owner:
             tensor = torch.empty(like.shape, dtype=like.dtype, device=device)
         return broadcast(tensor.to(like.dtype).contiguous(), from_process=owner)

@@ -123,6 +123,7 @@ def _through_segment(segment, stage, rows, gradients, vectors, scores, settings,
     steps = segment.checkpoint_steps if settings.checkpoints else []
     places = [(segment.index, step) for step in steps] or [segment.index]
     enter = [partial(stage.load_weights, gradients.model, place) for place in places]
+    enter = enter if settings.shards is None else settings.shards.places(enter)
     enter[0]()
     enter_epochs(gradients, stage, segment)
     scoring, vectors = _vectors_of(

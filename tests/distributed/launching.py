@@ -44,5 +44,5 @@ def launch(script, *arguments, processes=2):
 
 
 def endings(folder):
-    """How a case of `two_runs.py` ended on each process: `None`, or the error's class and message."""
+    """How a case of two processes ended on each: `None`, or the error's class and message."""
     return [json.loads((folder / f"ended-{rank}.json").read_text()) for rank in range(2)]

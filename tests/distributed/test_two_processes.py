@@ -217,10 +217,10 @@ def test_two_processes_score_like_one(two, tmp_path, method):
 
 
 def test_four_processes_score_like_two(two):
-    """They share out rows and parameters in another way; and two by two, without exchanging vectors."""
+    """They share out rows and parameters in another way; two by two, without exchanging vectors; and the model."""
     launch("two_runs.py", two, "scores_of_four", processes=4)
     expected = np.load(two / "source-0.npy")
-    for file in [f"{kind}-{rank}.npy" for rank in range(4) for kind in ("four", "sharded")]:
+    for file in [f"{kind}-{rank}.npy" for rank in range(4) for kind in ("four", "sharded", "shared")]:
         found = np.load(two / file)
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 

@@ -228,6 +228,8 @@ def scores_of_four(folder):
     np.save(folder.parent / f"four-{RANK}.npy", found)
     found = score(folder.parent / "run" / "record", "source", vector_shards=2)
     np.save(folder.parent / f"sharded-{RANK}.npy", found)
+    found = score(folder.parent / "run" / "record", "source", shard_model=True)
+    np.save(folder.parent / f"shared-{RANK}.npy", found)
 
 
 def indexed(record, folder):
@@ -257,7 +259,9 @@ SCORED = {
 def score(record, method, **settings):
     """Scores of all rows, in batches of about 3 rows so that there are several to share out."""
     settings = SCORED[method] | settings
-    settings = {"num_samples": 16, "max_tokens_per_batch": 36, "progress": False} | settings
+    # Runs of FSDP before may have left a state that says so.
+    common = {"num_samples": 16, "max_tokens_per_batch": 36, "progress": False, "shard_model": False}
+    settings = common | settings
     queries = Queries.from_dataset(random_rows(3, seed=7))
     return SourceAttributor.from_record(record, method=method, **settings).scores(None, queries)
 

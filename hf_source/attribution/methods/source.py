@@ -15,10 +15,12 @@
 
 import tempfile
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import ConfigError
+from ...gradients.shards import Shards
 from ...source import ExactProducts, Products, SampledProducts, unroll, walk
 from ..queries import Queries
 from .base import Scores, carries_on_disk
@@ -91,17 +93,25 @@ def fast_source(attributor: "SourceAttributor", queries: Queries) -> Scores:
 
 
 def _walk(attributor: "SourceAttributor", queries: Queries, checkpoints: bool) -> Scores:
-    own = {"checkpoints": checkpoints, "work": attributor.work(queries)}
+    own = {"checkpoints": checkpoints, "work": attributor.work(queries), "shards": attributor.shards}
     if carries_on_disk(attributor, len(queries)):
         own["carry_in"] = attributor.cache_dir or Path(tempfile.gettempdir())
         own["carry_in"].mkdir(parents=True, exist_ok=True)
-    return walk(
+    scores = walk(
         attributor.record.stages,
         attributor.all_rows(),
         lambda gradients: attributor.query_gradients(gradients, queries, attributor.vector_dtype),
         replace(attributor.walk_settings(), **own),
-        attributor.build_model,
+        partial(attributor.build_model, device=attributor.place),
     )
+    return scores if attributor.shards is None else _until_done(attributor.shards, scores)
+
+
+def _until_done(shards: Shards, scores: Scores) -> Scores:
+    try:
+        yield from scores
+    finally:
+        shards.release()
 
 
 def unrolled(attributor: "SourceAttributor", queries: Queries) -> Scores:

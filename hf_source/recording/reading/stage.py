@@ -33,6 +33,7 @@ from ..names import canonical_name
 from ..optimizers import OptimizerDescription
 from ..precision import scale_at
 from ..rows.stored import read_rows
+from ..sharding import put
 from ..writer import STEP_SCHEMA, stage_folder
 from .assumed import visits_are_recorded
 from .segment import SegmentRecord
@@ -178,7 +179,7 @@ class StageRecord:
                         f"{type(model).__name__} has {found}. Pass the model that was trained, or use "
                         "stage.build_model()."
                     )
-                parameter.copy_(tensor)
+                put(parameter, tensor)
 
     def rows(self) -> Any:
         """The rows as they were trained on (`datasets.Dataset` with their numbers), or `None` if not recorded."""
