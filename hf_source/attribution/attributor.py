@@ -839,6 +839,7 @@ class SourceAttributor(Shared, RunReader):
             return text_plan(self, queries, list(self.record.stages[record.index :]))
         plan = advised_plan(self, queries, record)
         if self.shards is not None:
+            self.shards.settle()
             self.shards.release()
         return plan if self.ensemble is None else self.ensemble.plan(plan)
 

@@ -45,6 +45,9 @@ _TURNED = 2**22
 _VECTOR_BYTES = 2**28
 """Query vectors that a calibration makes; the time of more is that of these and of one, continued."""
 
+_LONG = 5.0
+"""Seconds that one of the timings may take, of which there are three."""
+
 _MOST = 8
 """Vectors that the products of rows with are timed for, however large, if there are as many queries."""
 
@@ -94,6 +97,9 @@ def calibrate(
     token_bytes, column_bytes = _bytes_per_token(gradients, rows, chosen[0][:4], attributor.device, narrow)
     if attributor.vector_dtype is not None:
         column_bytes *= attributor.vector_dtype.itemsize / attributor.dtype.itemsize
+    if not isinstance(attributor.options, ProjectedOptions):
+        chosen = _affordable(_scoring(gradients, 1, narrow), rows, chosen, attributor.device)
+    tokens, timed = (max(len(some) * int(rows.lengths[some].max()) for some in each) for each in (batches, chosen))
     kept = 0
 
     def seconds(work: Callable[[dict], object]) -> float:
@@ -101,7 +107,7 @@ def calibrate(
         give_back()
         before = held_by_process()
         found = seconds_per_token(work, rows, chosen, attributor.device)
-        kept = max(kept, held_by_process() - before)
+        kept = max(kept, int((held_by_process() - before) * tokens / timed))
         return found
 
     if isinstance(attributor.options, ProjectedOptions):
@@ -117,10 +123,23 @@ def calibrate(
         together = max(few, together)
         together += (together - few) * (num_queries - most) / max(1, most - fewest)
     first = checking + num_queries * float(rows.lengths[rows.trained].mean()) * alone  # a query is about a row
-    tokens = max(len(numbers) * int(rows.lengths[numbers].max()) for numbers in batches)
     speed = _operations_per_second(attributor, *_longest(attributor, gradients))
     batch = int(token_bytes * tokens)
     return Calibration(alone, together, first, speed, batch, max(batch, kept), token_bytes, column_bytes)
+
+
+def _affordable(
+    work: Callable[[dict], object], rows: "StageRows", chosen: list[np.ndarray], device: torch.device
+) -> list[np.ndarray]:
+    """The batches, or some rows of one where all of them would take long."""
+    some = chosen[0][:2]
+    work(rows.collated(some, device))  # warm-up
+    start = clock(device)
+    work(rows.collated(some, device))
+    each = (clock(device) - start) / len(some)
+    if each * sum(map(len, chosen)) <= _LONG:
+        return chosen
+    return [chosen[len(chosen) // 2][: max(2, int(_LONG / each))]]
 
 
 def _scoring(gradients: RowGradients, count: int, dtype: torch.dtype | None) -> Callable[[dict], object]:

@@ -20,7 +20,7 @@ per-row gradients takes `6 p` for each token, with `p` parameters.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..curvature.block import MAX_FULL_SIDE
+from ..curvature.block import LARGE_SIDE, LEADING_SHARES, MAX_FULL_SIDE
 from ..curvature.factored import FACTORED_SIZE, multiplications
 from ..curvature.joint import GRAM_BLOCK
 
@@ -42,7 +42,10 @@ _MOVING = 0.1
 """Share of a side's directions along which vectors of a narrow type move."""
 
 _LEADING = 0.5
-"""Time that the directions of a side take that matter for narrow vectors, over that of all."""
+"""Time that the directions of a side take that are no more than a third of all, over that of all."""
+
+_FEW = 0.05
+"""The same where they are no more than a twenty-fourth."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,18 @@ class JointCost:
         whole = 4 * size * (left + right)  # moments and rotation of one dense gradient
         if factored and size > FACTORED_SIZE:
             whole = min(whole, 2 * multiplications(int(self.tokens), m, k, left))
-        turned, eigen = self.vectors * 4 * size * (left + right), _EIGEN * (left**3 + right**3)
-        if self.narrow:
-            turned, eigen = _MOVING * turned, _LEADING * eigen
+        turned = self.vectors * 4 * size * (left + right) * (_MOVING if self.narrow else 1)
+        eigen = _EIGEN * (left**3 * self._share(left, n * k) + right**3 * self._share(right, n * m))
         return found + n * whole + turned + _MOVE * 6 * self.vectors * size + eigen
+
+    def _share(self, side: int, rank: int) -> float:
+        """Time that a side's directions take, over that of all: there are no more than gradients have rows on it."""
+        few, some = (int(share * side) for share in LEADING_SHARES)
+        if side < LARGE_SIDE:
+            return 1.0
+        if rank <= few:
+            return _FEW
+        return _LEADING if self.narrow or rank <= some else 1.0
 
     def of_all(self, shapes: Sequence[tuple[Sequence[int], bool, bool]]) -> float:
         """Of parameters given as `(shape, factored, diagonal_left)`, and of the sample space's eigenproblem."""

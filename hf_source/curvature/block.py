@@ -36,7 +36,7 @@ from .preconditioner import Diagonal, Preconditioner
 MAX_FULL_SIDE = 4096
 """Largest side of a parameter that gets a full basis; a longer one (a vocabulary) stays diagonal."""
 
-_LARGE_SIDE = 512
+LARGE_SIDE = 512
 
 _NEGLIGIBLE = 100
 """Times the rounding of the data type."""
@@ -203,7 +203,7 @@ def eigenvectors(moment: torch.Tensor | None) -> torch.Tensor | None:
     """
     if moment is None:
         return None
-    if len(moment) >= _LARGE_SIDE and moment.dtype == torch.float32:
+    if len(moment) >= LARGE_SIDE and moment.dtype == torch.float32:
         with suppress(torch.linalg.LinAlgError):
             vectors = torch.linalg.eigh((moment + moment.T) / 2).eigenvectors
             if torch.isfinite(vectors).all():
@@ -213,7 +213,7 @@ def eigenvectors(moment: torch.Tensor | None) -> torch.Tensor | None:
     return eigh(symmetric)[1].to(moment.dtype)
 
 
-_GUESSES = 1 / 24, 1 / 3
+LEADING_SHARES = 1 / 24, 1 / 3
 """Shares of a side's directions that are looked for first; a third takes half as long as all of them."""
 
 _ITERATIONS = 3
@@ -230,7 +230,7 @@ def leading_eigenvectors(moment: torch.Tensor, least: float) -> torch.Tensor:
         return moment.new_empty((size, 0))
     generator = torch.Generator(device=moment.device).manual_seed(size)
     symmetric = (moment + moment.T) / 2
-    for number in [int(share * size) for share in _GUESSES] if size >= _LARGE_SIDE else ():
+    for number in [int(share * size) for share in LEADING_SHARES] if size >= LARGE_SIDE else ():
         basis = torch.randn((size, number), generator=generator, dtype=moment.dtype, device=moment.device)
         for _ in range(_ITERATIONS):
             basis = torch.linalg.qr(symmetric @ basis).Q

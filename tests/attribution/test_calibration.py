@@ -122,3 +122,26 @@ def test_a_long_step_of_a_replay_is_timed_once(monkeypatch):
     monkeypatch.setattr(replay_cost, "clock", lambda device: next(spent))
     assert replay_cost._shortest(lambda: None, torch.device("cpu")) == 2.0
     assert replay_cost._shortest(lambda: None, torch.device("cpu")) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("rank", "narrow", "share"), [(8, False, 0.05), (64, False, 0.5), (300, False, 1), (300, True, 0.5)]
+)
+def test_directions_of_a_side_are_no_more_than_its_gradients_have_rows(rank, narrow, share):
+    """An adapter's long side: all of its directions are looked for only where there may be as many."""
+    own = JointCost(rank // 4, 16, 0, narrow=narrow)
+    whole = JointCost(rank // 4, 16, 0, tail=False, narrow=narrow)
+    eigen = own.of((4, 600), False) - whole.of((4, 600), False) - rank // 4 * 4 * 2400 * 604
+    assert eigen == pytest.approx(15 * (600**3 * share + 4**3))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "left"), [(0.002, [[0, 1, 2], [1, 2, 3], [2, 3]]), (2.5, [[1, 2, 3]]), (90, [[1, 2]])]
+)
+def test_a_timing_takes_no_longer_than_it_may(monkeypatch, seconds, left):
+    """Two rows take so long; of a batch of a large model a few rows are timed, and at least two."""
+    times, asked = iter([0.0, seconds]), []
+    monkeypatch.setattr(calibration, "clock", lambda device: next(times))
+    chosen = [[0, 1, 2], [1, 2, 3], [2, 3]]
+    assert calibration._affordable(asked.append, Rows(5), chosen, torch.device("cpu")) == left
+    assert [len(batch["input_ids"]) for batch in asked] == [2, 2]  # a warm-up, and what was timed
