@@ -122,6 +122,7 @@ LINES = [
     Line("hf_source", "fast-source, n=128", "record", large=True),
     Line("hf_source", "fast-source, n=64", "record", large=True),
     Line("hf_source", "fast-source, n=32", "record", large=True),
+    Line("hf_source", "fast-source, n=32, small batches", "record", large=True),
     Line("hf_source", "fast-source, n=128, bfloat16", "record", large=True),
     Line("hf_source", "fast-source, n=64, bfloat16", "record", large=True),
     Line("hf_source", "stepwise, 4 draws", "record", large=True),

@@ -45,6 +45,7 @@ METHODS = {
     "fast-source, n=128": {"method": "fast-source", "num_samples": 128},
     "fast-source, n=64": {"method": "fast-source", "num_samples": 64},
     "fast-source, n=32": {"method": "fast-source", "num_samples": 32},
+    "fast-source, n=32, small batches": {"method": "fast-source", "num_samples": 32, "max_tokens_per_batch": 1024},
     "fast-source, n=128, bfloat16": {"method": "fast-source", "num_samples": 128, "vector_dtype": "bfloat16"},
     "fast-source, n=64, bfloat16": {"method": "fast-source", "num_samples": 64, "vector_dtype": "bfloat16"},
     "stepwise, 4 draws": {"method": "stepwise", "draws": 4},
