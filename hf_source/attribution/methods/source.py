@@ -102,7 +102,7 @@ def _walk(attributor: "SourceAttributor", queries: Queries, checkpoints: bool) -
         attributor.all_rows(),
         lambda gradients: attributor.query_gradients(gradients, queries, attributor.vector_dtype),
         replace(attributor.walk_settings(), **own),
-        partial(attributor.build_model, device=attributor.place),
+        attributor.build_model if attributor.shards is None else partial(attributor.build_model, device="cpu"),
     )
     return scores if attributor.shards is None else _until_done(attributor.shards, scores)
 
