@@ -838,9 +838,6 @@ class SourceAttributor(Shared, RunReader):
         if METHODS[self.method].reads_text:
             return text_plan(self, queries, list(self.record.stages[record.index :]))
         plan = advised_plan(self, queries, record)
-        if self.shards is not None:
-            self.shards.settle()
-            self.shards.release()
         return plan if self.ensemble is None else self.ensemble.plan(plan)
 
 

@@ -165,7 +165,11 @@ def measure(attributor: "SourceAttributor", queries: Queries, target: StageRecor
         gradients = RowGradients(model, attributor.rows(last).task, wanted)
     else:
         gradients = attributor.engine(last, model, wanted)
-    return Measured(stages, gradients, len(queries), calibrate(attributor, gradients, last, len(queries)))
+    calibration = calibrate(attributor, gradients, last, len(queries))
+    if attributor.shards is not None:  # which may have timed different numbers of batches
+        attributor.shards.settle()
+        attributor.shards.release()
+    return Measured(stages, gradients, len(queries), calibration)
 
 
 def plan_tokens(attributor: "SourceAttributor", queries: Queries, target: StageRecord, numbers: np.ndarray) -> Plan:

@@ -35,6 +35,7 @@ from transformers import (  # noqa: E402
 from two_runs import RANK, WORLD, main  # noqa: E402
 
 from hf_source import Queries, SourceAttributor  # noqa: E402
+from hf_source.attribution import calibration  # noqa: E402
 from hf_source.gradients import CausalLMTask, ClassificationTask, RowGradients, Seq2SeqTask  # noqa: E402
 from hf_source.gradients.shards import Shards  # noqa: E402
 from hf_source.source import score_rows  # noqa: E402
@@ -112,13 +113,18 @@ def shared(folder):
     Shards._go_along = lambda self, what: went.append(what) or original(self, what)
     np.savez(folder.parent / f"shared-{RANK}.npz", **found(folder, shard_model=True))
     own = attributor(folder, shard_model=True, vector_shards=WORLD)
+    # Plans time as many batches as a process has time for, and leave nobody in a pass.
+    calibration._LONG = 5.0 * RANK
+    own.plan(None, ask(), "sft", granularity="token")
+    own.plan(None, ask(), "sft", filter="bm25", candidates=6)
+    assert own.shards._model is None  # let go
     np.save(folder.parent / f"vectors-{RANK}.npy", own.scores(None, ask(), "sft"))
     facts = {"went": len(went), "plan": attributor(folder, shard_model=True).plan(None, ask(), "sft").memory["model"]}
     (folder.parent / f"facts-{RANK}.json").write_text(json.dumps(facts))
 
 
 def resumed(folder):
-    """Killed in the middle of a segment's rows, at another batch in each process, and run again."""
+    """Killed in the middle of a segment's rows, and run again."""
     kept, original = folder.parent / "kept", SourceAttributor.walk_settings
     calls = []
 

@@ -90,8 +90,4 @@ def _of_pieces(attributor, rows, gradients, segment, vectors, products, pieces) 
 
 def own_model(attributor: "SourceAttributor", stage: StageRecord) -> tuple["StageRows", RowGradients]:
     """A stage's rows, and the engine of the model that it trained."""
-    rows = attributor.rows(stage)
-    gradients = RowGradients(attributor.build_model(stage), rows.task, stage.trainable)
-    rows.prepare(gradients)
-    gradients.check(rows.collated(rows.shortest(2), attributor.device))
-    return rows, gradients
+    return attributor.rows(stage), attributor.engine(stage, attributor.build_model(stage), stage.trainable)
