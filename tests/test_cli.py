@@ -309,6 +309,7 @@ def test_settings_that_are_refused(record, tmp_path):
     assert "tail=1 should be of type bool, e.g. True" in refused(*plan, "--set", "tail=1")
     assert "not valid YAML" in refused(*plan, "--set", "seed=[1")
     assert "draws=0: at least one draw" in refused(*plan, "--method", "stepwise", "--set", "draws=0")
+    assert "shard_model=True belongs to" in refused(*plan, "--set", "shard_model=true")  # in one process
     assert "num_samples=0" in refused(*plan, "--num-samples", 0)
     assert "'dtype' is not a setting" in refused(*plan, "--set", "dtype=float16")
     assert "There is no recipe" in refused(*plan, "--recipe", tmp_path / "none.yaml")
