@@ -20,7 +20,7 @@ per-row gradients takes `6 p` for each token, with `p` parameters.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..curvature.block import LARGE_SIDE, LEADING_SHARES, MAX_FULL_SIDE
+from ..curvature.block import FEW_COLUMNS, LARGE_SIDE, LEADING_SHARES, MAX_FULL_SIDE
 from ..curvature.factored import FACTORED_SIZE, multiplications
 from ..curvature.joint import GRAM_BLOCK
 
@@ -84,8 +84,14 @@ class JointCost:
         if factored and size > FACTORED_SIZE:
             whole = min(whole, 2 * multiplications(int(self.tokens), m, k, left))
         turned = self.vectors * 4 * size * (left + right) * (_MOVING if self.narrow else 1)
-        eigen = _EIGEN * (left**3 * self._share(left, n * k) + right**3 * self._share(right, n * m))
+        eigen = self._directions(left, n * k, factored) + self._directions(right, n * m, factored)
         return found + n * whole + turned + _MOVE * 6 * self.vectors * size + eigen
+
+    def _directions(self, side: int, rank: int, factored: bool) -> float:
+        """Operations that find the directions of a side, on which gradients have so many rows in all."""
+        if not factored and rank <= FEW_COLUMNS * side:
+            return _EIGEN * rank**3 + 4 * rank**2 * side
+        return _EIGEN * side**3 * self._share(side, rank)
 
     def _share(self, side: int, rank: int) -> float:
         """Time that a side's directions take, over that of all: there are no more than gradients have rows on it."""

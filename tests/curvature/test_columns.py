@@ -20,7 +20,7 @@ import torch
 from hf_source.curvature import FisherSample, JointCurvature, factored
 from hf_source.curvature import block as block_module
 from hf_source.curvature import columns as columns_module
-from hf_source.curvature.block import fit_block, fit_block_in_parts, leading_eigenvectors
+from hf_source.curvature.block import fit_block, fit_block_in_parts, leading_eigenvectors, rotate, unrotate
 from hf_source.gradients import CausalLMTask, RowGradients
 from hf_source.gradients.contraction import add_combined, add_dots, pieces, products
 
@@ -205,6 +205,44 @@ def test_leading_eigenvectors_of_a_large_side(number, monkeypatch):
     torch.testing.assert_close(found.T @ found, torch.eye(number, dtype=torch.float64), rtol=0, atol=1e-5)
     torch.testing.assert_close(found @ found.T, basis[:, :number] @ basis[:, :number].T, rtol=0, atol=1e-4)
     assert leading_eigenvectors(moment, 1e9).shape == (512, 0)
+
+
+@pytest.mark.parametrize("shape", [(700, 8), (8, 700), (40, 3), (600, 300)], ids=str)
+@pytest.mark.parametrize("parts", [1, 4])
+def test_a_long_side_that_few_samples_span(shape, parts, monkeypatch):
+    """Adapters: the eigenproblem is that of the samples' columns, and the block is the one of all directions."""
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn((8, *shape), generator=generator, dtype=torch.float64)
+    preconditioner = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.1
+    vectors = torch.randn((3, *shape), generator=generator, dtype=torch.float64)
+    sizes, full = [], block_module.eigh
+    monkeypatch.setattr(block_module, "eigh", lambda matrix: sizes.append(len(matrix)) or full(matrix))
+    some = fit_block_in_parts(lambda: samples.split(8 // parts), samples.shape[1:], preconditioner, least=1e-9)
+    long, short = max(shape), min(shape)
+    if 8 * short <= long / 2:
+        assert max(sizes) == 8 * short and {side.shape[1] for side in (some.left, some.right)} == {8 * short, short}
+    sizes.clear()
+    whole = fit_block(samples, preconditioner)
+    assert max(sizes) == long
+    function = lambda mu: torch.exp(-mu)  # noqa: E731
+    expected = whole.apply(vectors, function)
+    assert (expected - vectors).abs().max() > 0.1
+    torch.testing.assert_close(some.apply(vectors, function), expected, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 8, 64, 65, 200])
+def test_products_from_the_left(columns):
+    generator = torch.Generator().manual_seed(0)
+    matrices = torch.randn((5, 30, columns), generator=generator, dtype=torch.float64)
+    left = torch.randn((30, 7), generator=generator, dtype=torch.float64)
+    right = torch.randn((columns, 4), generator=generator, dtype=torch.float64)
+    turned = rotate(matrices, left, right)
+    torch.testing.assert_close(turned, torch.einsum("am,nak,kb->nmb", left, matrices, right), rtol=1e-12, atol=1e-12)
+    back = unrotate(turned, left, right)
+    torch.testing.assert_close(back, torch.einsum("am,nmb,kb->nak", left, turned, right), rtol=1e-12, atol=1e-12)
+    assert torch.equal(rotate(matrices, None, None), matrices) and torch.equal(
+        unrotate(matrices, None, None), matrices
+    )
 
 
 @pytest.mark.parametrize("shape", [(30,), (12, 9)], ids=str)
