@@ -42,6 +42,7 @@ from .options import (
     Record,
     Stage,
 )
+from .processes import is_main_process
 from .push import push
 from .record import record_app
 from .report import report
@@ -136,8 +137,9 @@ def generate(
     if out.suffix != ".jsonl":
         raise ConfigError(f"--out {out}: end the name in .jsonl, so that --queries can read it.")
     queries = open_attributor([record], None, [], {}).generate(prompts, max_new_tokens=max_new_tokens)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    queries.to_dataset().to_json(str(out))
+    if is_main_process():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        queries.to_dataset().to_json(str(out))
     for _, text, completion in queries:
         typer.echo(f"{text}{completion}")
     typer.echo(f"Wrote {len(queries)} queries to {out}.")
@@ -186,10 +188,11 @@ def attribute(
     attributor = models.open(record, scoring, index=index, cache_dir=str(kept) if resume else None)
     wanted = asked.read(attributor)
     scored = attributor.attribute(read_rows(dataset), wanted, stage, std=std, granularity=granularity.value)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    getattr(scored, writers[out.suffix])(str(out))
-    if resume and attributor.cache_dir == kept and attributor.accelerator.is_main_process:
-        shutil.rmtree(kept, ignore_errors=True)
+    if is_main_process():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        getattr(scored, writers[out.suffix])(str(out))
+        if resume and attributor.cache_dir == kept:
+            shutil.rmtree(kept, ignore_errors=True)
     from ..outputs.tables import describe_columns
 
     typer.echo(f"Wrote {out}: {describe_columns(scored, wanted.names)}.")
@@ -225,7 +228,7 @@ def top(
     chosen = filter is not None or attributor.index is not None or attributor.taken is not None
     if chosen and table.info.description:
         typer.echo(table.info.description)
-    if out is not None:
+    if out is not None and is_main_process():
         write_page(out, f"Attribution from {record}", wanted, table, unit=unit)
         typer.echo(f"Wrote {out}.")
 

@@ -25,6 +25,7 @@ from .command import command
 from .groups import Asked, Scoring
 from .opening import read_rows
 from .options import QueriesFile
+from .processes import is_main_process
 
 
 ask_app = typer.Typer(
@@ -321,5 +322,5 @@ def _show(answer: Any, out: Path | None) -> None:
     from rich.console import Console
 
     Console().print(answer)
-    if out is not None:
+    if out is not None and is_main_process():
         typer.echo(f"Wrote {answer.write(out)}: answer.md, answer.parquet, answer.json.")

@@ -22,6 +22,7 @@ from typing import Any
 import typer
 
 from .errors import friendly_errors
+from .processes import said_once
 
 
 def command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -49,7 +50,7 @@ def _with_single_options(function: Callable[..., None]) -> Callable[..., None]:
             name: group(**{field.name: given.pop(field.name) for field in fields(group)})
             for name, group in groups.items()
         }
-        with friendly_errors():
+        with friendly_errors(), said_once():
             function(**given, **filled)
 
     options: list[inspect.Parameter] = []

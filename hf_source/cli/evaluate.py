@@ -23,6 +23,7 @@ from ..errors import ConfigError
 from .groups import Asked
 from .opening import open_attributor
 from .options import Cache, MethodNames, Record, ReportFolder, Settings, Stage
+from .processes import is_main_process
 
 
 class RetrainingName(StrEnum):
@@ -110,7 +111,7 @@ def show_report(report: Any, out: Path | None) -> None:
     from rich.console import Console
 
     Console().print(report.table())
-    if out is not None:
+    if out is not None and is_main_process():
         typer.echo(f"Wrote {report.write(out)}: report.json, report.md, report.html.")
 
 

@@ -20,6 +20,7 @@ import typer
 
 from .groups import Scoring
 from .options import Datasets, Record
+from .processes import is_main_process
 
 
 def index(
@@ -49,6 +50,6 @@ def index(
         return
     built = SourceIndex.load(attributor.build_index(folder, numbers, precision))
     typer.echo(f"Wrote {folder}: {built.num_bytes / 2**20:,.1f} MiB. {built.note(built.stages)}")
-    if push is not None:
+    if push is not None and is_main_process():
         typer.echo(f"Pushed to {built.push_to_hub(push, private=private)}.")
     typer.echo(f"Next: hf-source top {record} --index {folder} --prompt '...'")

@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 
 
 def launch(script, *arguments, processes=2):
-    """Run a script of this folder in some processes that talk through gloo on this machine.
+    """Run a script of this folder in some processes that talk through gloo on this machine; what they printed.
 
     Raises:
         AssertionError: if a process failed; holds what it printed.
@@ -41,6 +41,7 @@ def launch(script, *arguments, processes=2):
     environment |= {"PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout
 
 
 def endings(folder):
