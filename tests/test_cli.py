@@ -151,6 +151,16 @@ def test_plan(record):
     assert "better buy: `" in out
 
 
+def test_fewer_segments_than_were_recorded(record):
+    asked = ["plan", record, *ASKED, *FEW, "--stage", "pretrain"]
+    whole = run(*asked)
+    assert "8 rows, 2 segments, " in whole and "  with num_segments=1: about " in whole
+    one = run(*asked, "--num-segments", 1)
+    assert "8 rows, 1 segment, " in one and "with num_segments" not in one
+    assert "can be read as 1 to 2" in refused(*asked, "--num-segments", 3)
+    assert "with num_segments" not in run(*asked, "--method", "stepwise")
+
+
 def test_auto(record):
     """Chosen from a shell; what was taken is told with the answer."""
     out = run("plan", record, *ASKED, *FEW, "--stage", "sft", "--method", "auto", "--set", "max_cost=1000000000")

@@ -140,11 +140,20 @@ def advised_plan(attributor: "SourceAttributor", queries: Queries, target: "Stag
     advice = advise(attributor, measured)
     taken = variant(attributor, advice.best) if attributor.method == "auto" else attributor
     plan = estimate(taken, measured)
-    plan.advice = advice
+    plan.one_segment, plan.advice = _with_one_segment(taken, measured), advice
     for each in advice.replays:  # whose steps were timed
         if each.method == taken.method and each.options == vars(taken.options):
             plan.seconds = each.seconds
     return plan
+
+
+def _with_one_segment(attributor: "SourceAttributor", measured: Measured) -> Plan | None:
+    """The plan with one segment for each stage; `None` if there are no more, or the method makes no use of them."""
+    if attributor.method not in ("source", "fast-source") or all(len(each.segments) < 2 for each in measured.stages):
+        return None
+    found = copy.copy(attributor)
+    found.record = attributor.record.merged(1)
+    return estimate(found, replace(measured, stages=[each.merged(1) for each in measured.stages]))
 
 
 def advise(attributor: "SourceAttributor", measured: Measured) -> Advice:

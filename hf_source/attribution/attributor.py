@@ -79,6 +79,8 @@ class SourceAttributor(Shared, RunReader):
         curvature: `"joint"` (all layers at once), `"ekfac"` (the paper's, whitened by the optimizer), `"ekfac-hybrid"`
             (the paper's form for Adam), `"diagonal"`, `"identity"`, `"exact"` (tiny models).
         num_samples: sampled-label gradients per segment; more is more accurate and costs `num_samples^2` memory.
+        num_segments: read each stage's record as so many segments, fewer than it has: each takes a pass over the rows
+            that it visited and a curvature, and is more accurate where training is long. By default as recorded.
         tail: give `joint` its block-diagonal tail.
         momentum: weigh a row's visits by the updates that its gradients really entered through momentum; `False` gives
             them the learning rate of the step that took them, as in the paper.
@@ -132,6 +134,7 @@ class SourceAttributor(Shared, RunReader):
         method: str = "source",
         curvature: str = "joint",
         num_samples: int = 1024,
+        num_segments: int | None = None,
         tail: bool = True,
         momentum: bool = True,
         probes: str = "labels",
@@ -177,6 +180,7 @@ class SourceAttributor(Shared, RunReader):
         if not records:
             raise ConfigError("There is no record: give one, or several runs of the same stages with other seeds.")
         check_agreement(records)
+        records = [each.merged(num_segments) for each in records]
         assumed = visits_note([stage for each in records for stage in each.stages])
         self.note = "\n".join(dict.fromkeys(note for note in (assumed, *(each.note for each in records)) if note))
         if self.note:
@@ -188,6 +192,7 @@ class SourceAttributor(Shared, RunReader):
         self._given = {
             "curvature": curvature,
             "num_samples": num_samples,
+            "num_segments": num_segments,
             "tail": tail,
             "momentum": momentum,
             "probes": probes,
@@ -302,6 +307,8 @@ class SourceAttributor(Shared, RunReader):
         common = {key: self._given[key] for key in read}
         if read and self.probes != "labels":
             common["probes"] = self.probes
+        if read and self._given["num_segments"] is not None:
+            common["num_segments"] = self._given["num_segments"]
         if self._given["vector_dtype"] is not None:
             common["vector_dtype"] = self._given["vector_dtype"]
         if self._measurement != Loss():

@@ -75,6 +75,7 @@ class Plan:
         written: bytes that are kept in `cache_dir` at most, or, of vectors that are carried on, in a temporary folder.
         members: of the ensemble, one after another; `seconds` and `disk` are those of all, `stages` those of each.
         training_tokens: that each member trains on first.
+        one_segment: the same with `num_segments=1`, where more of them are walked through.
         advice: which method is the better buy, where that can be said.
         few_samples: names of stages that classify rows of which most are not in the sample.
         filter: in two-stage search, what proposes the rows, and its own plan, which is part of `seconds`, `disk` and
@@ -92,6 +93,7 @@ class Plan:
     written: int = 0
     members: int = 1
     training_tokens: int = 0
+    one_segment: "Plan | None" = None
     advice: "Advice | None" = None
     few_samples: tuple[str, ...] = ()
     filter: "tuple[str, Plan] | None" = None
@@ -121,7 +123,8 @@ class Plan:
                 lines.append(f"  look up {stage.name!r}: {stage.num_rows:,} rows")
                 continue
             lines.append(
-                f"  walk and score {stage.name!r}: {stage.num_rows:,} rows, {stage.num_segments} segments, "
+                f"  walk and score {stage.name!r}: {stage.num_rows:,} rows, "
+                f"{stage.num_segments} segment{'s' * (stage.num_segments != 1)}, "
                 f"{stage.sample_passes} passes over the sample of each, "
                 f"{stage.sample_tokens + stage.score_tokens:,} tokens"
             )
@@ -134,6 +137,9 @@ class Plan:
                 "of most, which then say nothing of the curvature: take as many as there are rows with "
                 "`num_samples=`, where that can be paid for."
             )
+        if self.one_segment is not None:
+            fewer = f"about {self.one_segment.seconds:,.0f} s, {self.one_segment.peak_memory / 2**20:,.0f} MiB"
+            lines.append(f"  with num_segments=1: {fewer}, and less accurate where training was long")
         lines += [] if self.advice is None else [str(self.advice)]
         return "\n".join(lines)
 

@@ -27,6 +27,7 @@ from .options import (
     MaxNewTokens,
     MethodOption,
     NumSamples,
+    NumSegments,
     Prompts,
     QueriesFile,
     QueryGranularityName,
@@ -137,13 +138,19 @@ class Scoring:
     method: MethodOption = None
     curvature: CurvatureOption = None
     num_samples: NumSamples = None
+    num_segments: NumSegments = None
     recipe: Recipe = None
     settings: Settings = None
 
     @property
     def named(self) -> dict[str, Any]:
         """The settings that have an option of their own, where it was given."""
-        return given(method=self.method, curvature=self.curvature, num_samples=self.num_samples)
+        return given(
+            method=self.method,
+            curvature=self.curvature,
+            num_samples=self.num_samples,
+            num_segments=self.num_segments,
+        )
 
     def open(self, *records: str, **more: Any) -> "SourceAttributor":
         """The attributor of the records, with `more` settings where they are not None."""

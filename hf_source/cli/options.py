@@ -135,6 +135,12 @@ CurvatureOption = Annotated[
 ]
 SAMPLES_HELP = "Sampled gradients per segment: accuracy against time and memory."
 NumSamples = Annotated[int | None, typer.Option(help=SAMPLES_HELP, show_default="1024")]
+NumSegments = Annotated[
+    int | None,
+    typer.Option(
+        help="Segments to read each stage's record as: fewer take less time and memory.", show_default="as recorded"
+    ),
+]
 Index = Annotated[
     str | None,
     typer.Option("--index", help="Answer from an index (`hf-source index`): its folder, or its id on the Hub."),

@@ -19,7 +19,7 @@ import typer
 
 from .command import command
 from .groups import given
-from .options import CurvatureOption, Index, MethodOption, NumSamples
+from .options import CurvatureOption, Index, MethodOption, NumSamples, NumSegments
 
 
 space_app = typer.Typer(
@@ -39,6 +39,7 @@ def push_space_command(
     method: MethodOption = None,
     curvature: CurvatureOption = None,
     num_samples: NumSamples = None,
+    num_segments: NumSegments = None,
     index: Index = None,
     private: Annotated[
         bool | None,
@@ -52,5 +53,7 @@ def push_space_command(
     """
     from ..explorer.space import push_space
 
-    settings: dict[str, Any] = given(method=method, curvature=curvature, num_samples=num_samples, index=index)
+    settings: dict[str, Any] = given(
+        method=method, curvature=curvature, num_samples=num_samples, num_segments=num_segments, index=index
+    )
     typer.echo(f"Pushed to {push_space(record, space, private=private, **settings)}.")

@@ -40,9 +40,10 @@ def test_a_space_is_pushed(hub, monkeypatch):
     assert hub.repositories["spaces/me/explorer"]["private"]  # nobody can read the record
     found["README.md"] = found["README.md"].replace(b"title: Why", b"title: Mine, why") + b"\nBye.\n"
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    words = ["space", "push", "me/record", "me/explorer", "--index", "me/index"]
+    words = ["space", "push", "me/record", "me/explorer", "--index", "me/index", "--num-segments", "1"]
     assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0
-    assert json.loads(hub.files("spaces/me/explorer")["settings.json"])["index"] == "me/index"
+    kept = json.loads(hub.files("spaces/me/explorer")["settings.json"])
+    assert kept["index"] == "me/index" and kept["num_segments"] == 1
     card = hub.files("spaces/me/explorer")["README.md"].decode()
     assert "title: Mine, why" in card and card.endswith("\nBye.\n")  # what its owner wrote stays
     assert yaml.safe_load(card.split("---\n")[1])["sdk_version"] == header["sdk_version"]

@@ -13,11 +13,12 @@
 # limitations under the License.
 """Reading a training record."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import RecordError
+from ...errors import ConfigError, RecordError
 from ...logs import get_logger
 from ...paths import checked_path
 from ..writer import RECORD_FILE, file_entry, read_record_json
@@ -274,6 +275,31 @@ class TrainingRecord:
         run = {"args": args, "model": model, "processing_class": processing_class, "data_collator": data_collator}
         record_from_checkpoints(checkpoints, dataset, options, num_segments, **run)
         return cls.load(record_dir)
+
+    def merged(self, num_segments: int | None) -> "TrainingRecord":
+        """The record as if its stages had been recorded with fewer segments: neighbouring ones read as one.
+
+        Weights and preconditioner of a segment are averages along it, so that nothing is lost but where in the segment
+        they were, and a walk makes fewer passes over the rows.
+
+        Args:
+            num_segments: segments of each stage, of as equal summed learning rates as the recorded cuts allow; stages
+                that have fewer stay as they are. `None` for those that were recorded.
+
+        Raises:
+            ConfigError: if it is not positive, or every stage was recorded with fewer.
+        """
+        most = max((len(stage.data["segments"]) for stage in self.stages), default=0)
+        if num_segments is not None and (type(num_segments) is not int or not 0 < num_segments <= max(most, 1)):
+            raise ConfigError(
+                f"num_segments={num_segments!r}: the record's stages have up to {most} segments, which can be read as "
+                f"1 to {most}. More are recorded by SourceConfig(num_segments=...)."
+            )
+        if all(len(stage.segments) == min(len(stage.data["segments"]), num_segments or most) for stage in self.stages):
+            return self
+        found = copy.copy(self)
+        found.stages = [stage.merged(num_segments) for stage in self.stages]
+        return found
 
     def stage(self, name: str | None = None) -> StageRecord:
         """The stage of a name; `None` for the only one.

@@ -37,6 +37,7 @@ class SegmentRecord:
         first_step, end_step: its optimizer steps, `first_step <= step < end_step`.
         learning_rate_sum: sum of the reference learning rates `eta`.
         effective_learning_rate_sum: `s = sum of eta * c` (`c`: clip factor).
+        missed_learning_rates: parameters that some steps left alone -> both sums over those steps.
         matrix_sides: parameters whose preconditioner is a matrix -> the side it acts on, `"left"` or `"right"`.
     """
 
@@ -50,7 +51,7 @@ class SegmentRecord:
         self.learning_rate_sum_per_group: list[float] = data["learning_rate_sum_per_group"]
         self.matrix_sides: dict[str, str] = data.get("matrix_sides", {})
         self.effective_learning_rate_sum_per_group: list[float] = data["effective_learning_rate_sum_per_group"]
-        self._missed: dict[str, list[float]] = data.get("missed_learning_rates", {})
+        self.missed_learning_rates: dict[str, list[float]] = data.get("missed_learning_rates", {})
 
     def __repr__(self) -> str:
         return f"SegmentRecord({self.stage.name!r}, {self.index}, steps {self.first_step}-{self.end_step})"
@@ -118,7 +119,8 @@ class SegmentRecord:
             strength = group.weight_decay
             for name in group.parameters:
                 # Steps without a gradient of the parameter do not decay it.
-                rate_sum, effective = (a - b for a, b in zip(sums, self._missed.get(name, (0.0, 0.0)), strict=True))
+                missed = self.missed_learning_rates.get(name, (0.0, 0.0))
+                rate_sum, effective = (a - b for a, b in zip(sums, missed, strict=True))
                 dtype = preconditioner[name].dtype
                 if effective <= 1e-12 * sums[1] or strength == 0:
                     decays[name] = torch.zeros((), dtype=dtype)

@@ -14,6 +14,7 @@
 """One stage of a record: what attribution reads."""
 
 import contextlib
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -36,6 +37,7 @@ from ..rows.stored import read_rows
 from ..sharding import put
 from ..writer import STEP_SCHEMA, stage_folder
 from .assumed import visits_are_recorded
+from .merged import merged
 from .segment import SegmentRecord
 from .steps import StepTable
 from .weights import EndWeights
@@ -85,7 +87,7 @@ class StageRecord:
         self.model: dict[str, Any] = data["model"]
         self.training: dict[str, Any] = data["training"]
         self.collator: dict[str, Any] = data["collator"]
-        self.segments = [SegmentRecord(self, index, segment) for index, segment in enumerate(data["segments"])]
+        self.segments = self.recorded_segments()
         self.path = record.path / stage_folder(self.index, self.name)
 
     def __repr__(self) -> str:
@@ -180,6 +182,16 @@ class StageRecord:
                         "stage.build_model()."
                     )
                 put(parameter, tensor)
+
+    def merged(self, num_segments: int | None) -> "StageRecord":
+        """The same stage with at most so many segments: see `TrainingRecord.merged`."""
+        found = copy.copy(self)
+        found.segments = merged(found.recorded_segments(), num_segments)
+        return found
+
+    def recorded_segments(self) -> list[SegmentRecord]:
+        """The segments as they were recorded."""
+        return [SegmentRecord(self, index, segment) for index, segment in enumerate(self.data["segments"])]
 
     def rows(self) -> Any:
         """The rows as they were trained on (`datasets.Dataset` with their numbers), or `None` if not recorded."""
