@@ -158,7 +158,7 @@ def test_a_resumed_run_remembers_what_was_frozen(tmp_path):
     first = TrainingRecord.load(tmp_path / "whole" / "record").stage()
     assert stage.data["trainable_changes"] == first.data["trainable_changes"]
     for segment, expected in zip(stage.segments, first.segments, strict=True):
-        assert segment._missed == expected._missed
+        assert segment.missed_learning_rates == expected.missed_learning_rates
         for name, value in expected.decay().items():
             torch.testing.assert_close(segment.decay()[name], value, rtol=1e-12, atol=0)
     assert distance(stage.weights("final"), dict(whole.named_parameters())) < 1e-12
