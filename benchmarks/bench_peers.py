@@ -18,7 +18,8 @@ random removals of 2 %) are made once, recorded, and exported as what other pack
 with their `optimizer.pt`, rows and queries as token ids, the learning rate of every step. Every method then runs by
 itself in a process of its own, on one thread, and gives scores `[queries, rows]`; the linear datamodelling score (LDS)
 of all of them is taken on the same retrainings. `large` (GPT-2 of 10 M parameters, 768 rows of 64 tokens, each
-seen once, 8 queries) has no retrainings: it compares the cost only.
+seen once, 8 queries) and `smollm2` (SmolLM2-135M, all parameters, 128 rows of 128 tokens in three epochs, 16 queries)
+have no retrainings: they compare the cost only.
 
 The other packages want an environment of their own (they are only called, nothing of them is in this repository):
 
@@ -51,6 +52,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import bench_scale
 import numpy as np
 import results_file
 import torch
@@ -68,7 +70,7 @@ from bench_lm_lds import (
     wiki_summaries,
 )
 from datasets import Dataset
-from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from hf_source import Queries, SourceConfig, SourceTrainer, TrainingRecord
 from hf_source.data import prepare_rows
@@ -80,6 +82,9 @@ HERE = Path(__file__).parent
 NUM_CHECKPOINTS = 6
 LARGE_ROWS = 768
 LARGE = {**SHORT, "max_steps": LARGE_ROWS // BATCH_SIZE}
+SMOLLM2 = {"learning_rate": 2e-5, "max_steps": 24}
+BATCHES = {"smollm2": 8}  # rows that a package takes at once, by run; 64 otherwise
+KINDS = ["wiki", "facts", "large", "smollm2"]
 COMMANDS = "\n".join(line for line in __doc__.splitlines() if line.startswith("    "))
 INSTALL = f"""The other packages are missing. They want an environment of their own:
 {COMMANDS}
@@ -95,13 +100,19 @@ class Line:
         method: its name there.
         reads: what it needs from training: `"final"` weights, `"checkpoints"` (weights), `"states"` (checkpoints with
             their optimizer's), `"record"`, or `"start"` (the first weights, to train again).
-        large: whether the large model's cost is measured too.
+        large: whether the cost on the model of 10 M parameters is measured too.
+        smollm2: and on that of 135 M.
     """
 
     package: str
     method: str
     reads: str
     large: bool = False
+    smollm2: bool = False
+
+    def runs_on(self, kind: str) -> bool:
+        """Whether it is measured on a run."""
+        return {"large": self.large, "smollm2": self.smollm2}.get(kind, True)
 
 
 LINES = [
@@ -125,10 +136,18 @@ LINES = [
     Line("hf_source", "fast-source, n=32, small batches", "record", large=True),
     Line("hf_source", "fast-source, n=128, bfloat16", "record", large=True),
     Line("hf_source", "fast-source, n=64, bfloat16", "record", large=True),
+    Line("hf_source", "source joint, one segment", "record"),
+    Line("hf_source", "fast-source, one segment", "record"),
+    Line("hf_source", "fast-source, one segment, n=256", "record", large=True),
+    Line("hf_source", "fast-source, one segment, n=128", "record", large=True),
+    Line("hf_source", "fast-source, one segment, n=64", "record", large=True),
+    Line("hf_source", "fast-source, one segment, n=32", "record", large=True, smollm2=True),
+    Line("hf_source", "fast-source, one segment, n=32, bfloat16", "record", large=True, smollm2=True),
+    Line("hf_source", "fast-source, n=32, bfloat16", "record", smollm2=True),
     Line("hf_source", "stepwise, 4 draws", "record", large=True),
     Line("hf_source", "stepwise, 16 draws", "record"),
     Line("hf_source", "unrolled", "record"),
-    Line("bergson", "source (recipe)", "states", large=True),
+    Line("bergson", "source (recipe)", "states", large=True, smollm2=True),
     Line("bergson", "source, mean reduction", "states"),
     Line("bergson", "source, token scale", "states"),
     Line("bergson", "influence ekfac (recipe)", "final", large=True),
@@ -138,7 +157,7 @@ LINES = [
     Line("bergson", "trak, damping .1", "final"),
     Line("kronfluence", "identity", "final", large=True),
     Line("kronfluence", "influence ekfac (defaults)", "final"),
-    Line("kronfluence", "influence ekfac, heuristic damping", "final", large=True),
+    Line("kronfluence", "influence ekfac, heuristic damping", "final", large=True, smollm2=True),
     Line("kronfluence", "influence ekfac, heuristic damping, with head", "final"),
     Line("dattri", "tracin", "checkpoints"),
     Line("dattri", "influence ekfac (defaults)", "final"),
@@ -196,15 +215,31 @@ def large_run(folder: Path, callbacks: list[TrainerCallback]) -> tuple[TrainingR
     )
 
 
+def smollm2_run(folder: Path, callbacks: list[TrainerCallback]) -> tuple[TrainingRecord, Queries]:
+    """All parameters of SmolLM2-135M, finetuned on Wikipedia summaries as in `bench_scale.py`."""
+    line = bench_scale.LINES["smollm2 full, L=3"]
+    model, tokenizer, _ = bench_scale.model_of(line, folder)
+    args = SourceConfig(
+        output_dir=str(folder / "out"), record_dir=str(folder / "smollm2-3"), num_segments=3, weight_decay=0.01,
+        per_device_train_batch_size=8, gradient_accumulation_steps=2, **SMOLLM2, **QUIET,
+    )  # fmt: skip
+    rows = bench_scale.rows_of(line, tokenizer)
+    SourceTrainer(model, args, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks).train()
+    return TrainingRecord.load(args.record_dir), bench_scale.queries_of(line)
+
+
 def recorded(kind: str, folder: Path) -> tuple[TrainingRecord, Queries]:
     """Train once, with checkpoints on the way; queries as token rows."""
-    callbacks = [SaveAt(checkpoint_steps((LARGE if kind == "large" else SHORT)["max_steps"]))]
-    if kind == "large":
-        record, queries = large_run(folder, callbacks)
+    callbacks = [SaveAt(checkpoint_steps({"large": LARGE, "smollm2": SMOLLM2}.get(kind, SHORT)["max_steps"]))]
+    if kind in COST_ONLY:
+        record, queries = COST_ONLY[kind](folder, callbacks)
     else:
         record = finetune(kind, [3], folder, callbacks=callbacks)[3]
         queries = Queries.from_text(*zip(*texts(kind)[2], strict=True))
     return record, queries.encode(record.processing_class())
+
+
+COST_ONLY = {"large": large_run, "smollm2": smollm2_run}
 
 
 def token_rows(rows: Sequence[Mapping[str, Any]]) -> Dataset:
@@ -214,7 +249,9 @@ def token_rows(rows: Sequence[Mapping[str, Any]]) -> Dataset:
     )
 
 
-def export(record: TrainingRecord, queries: Queries, checkpoints: Path, folder: Path) -> dict[str, Any]:
+def export(
+    record: TrainingRecord, queries: Queries, checkpoints: Path, folder: Path, batch: int = 64
+) -> dict[str, Any]:
     """Write what the others read.
 
     Args:
@@ -222,6 +259,7 @@ def export(record: TrainingRecord, queries: Queries, checkpoints: Path, folder: 
         queries: with token rows.
         checkpoints: where the Trainer left its `checkpoint-*`; they are moved.
         folder: gets `checkpoints/`, `rows/`, `queries/` and `export.json`.
+        batch: rows that a package takes at once.
 
     Returns:
         What `export.json` says.
@@ -236,7 +274,8 @@ def export(record: TrainingRecord, queries: Queries, checkpoints: Path, folder: 
     stage.load_weights(model, "initial")
     model.save_pretrained(target / "checkpoint-0")
     for file in target.glob("*/tokenizer_config.json"):  # some take the length of rows there for the model's context
-        settings = json.loads(file.read_text(encoding="utf-8")) | {"model_max_length": model.config.n_positions}
+        context = model.config.max_position_embeddings
+        settings = json.loads(file.read_text(encoding="utf-8")) | {"model_max_length": context}
         file.write_text(json.dumps(settings), encoding="utf-8")
     _refuse_other_weights(stage, target / f"checkpoint-{steps[-1]}")
     table = stage.steps()
@@ -255,6 +294,7 @@ def export(record: TrainingRecord, queries: Queries, checkpoints: Path, folder: 
         "num_items": sum(sum(label != -100 for label in labels[1:]) for labels in rows["labels"]),
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "vocab_size": model.config.vocab_size,
+        "batch": batch,
         "pad_token_id": tokenizer.pad_token_id or 0,
         "checkpoints": steps,
         "learning_rates": rates,
@@ -268,7 +308,7 @@ def export(record: TrainingRecord, queries: Queries, checkpoints: Path, folder: 
 
 def _refuse_other_weights(stage: Any, checkpoint: Path) -> None:
     """The last checkpoint is the trained model, or the comparison would be of two models."""
-    saved, model = GPT2LMHeadModel.from_pretrained(checkpoint), stage.build_model()
+    saved, model = AutoModelForCausalLM.from_pretrained(checkpoint), stage.build_model()
     stage.load_weights(model, "final")
     for name, value in model.state_dict().items():
         if not torch.equal(value, saved.state_dict()[name]):
@@ -290,15 +330,15 @@ def read_from_training(folder: Path, about: Mapping[str, Any], reads: str) -> in
 def prepared(kind: str, folder: Path) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray] | None]:
     """The export in a folder, with the removals and the losses after them; made where it is missing."""
     done, retrained = folder / "export" / "export.json", folder / "truth.npz"
-    if done.exists() and (kind == "large" or retrained.exists()):
+    if done.exists() and (kind in COST_ONLY or retrained.exists()):
         about = json.loads(done.read_text(encoding="utf-8"))
     else:
         record, queries = recorded(kind, folder)
-        about = export(record, queries, folder / "out", folder / "export")
-        if kind != "large":
+        about = export(record, queries, folder / "out", folder / "export", BATCHES.get(kind, 64))
+        if kind not in COST_ONLY:
             removed = removal_masks(about["num_rows"], NUM_SUBSETS, FRACTION)
             np.savez(retrained, removed=removed, losses=ground_truth(record, queries, removed))
-    if kind == "large":
+    if kind in COST_ONLY:
         return about, None
     with np.load(retrained) as arrays:
         return about, (arrays["removed"], arrays["losses"])
@@ -371,9 +411,9 @@ def result(line: Line, scores: np.ndarray, cost: Mapping[str, Any], truth: tuple
 
 def table(report: Mapping[str, Any], reference: str = "hf_source: source joint") -> str:
     """The results as Markdown: LDS on each run; seconds, memory and disk of the first run, and how many times ours."""
-    kinds = [kind for kind in ("wiki", "facts", "large") if kind in report]
+    kinds = [kind for kind in KINDS if kind in report]
     costs = [(kind, report[kind]["results"]) for kind in kinds if kind != "facts"]
-    head = ["method", *(f"LDS {kind}" for kind in kinds if kind != "large")]
+    head = ["method", *(f"LDS {kind}" for kind in kinds if kind not in COST_ONLY)]
     for kind, _ in costs:
         head += [f"{kind}: seconds", "memory MB", "disk MB", "passes"]
     lines = [" | ".join(head), "|".join(["---"] * len(head))]
@@ -381,7 +421,7 @@ def table(report: Mapping[str, Any], reference: str = "hf_source: source joint")
         label = f"{line['package']}: {line['method']}"
         cells = [label]
         for kind in kinds:
-            if kind != "large":
+            if kind not in COST_ONLY:
                 found = report[kind]["results"].get(label, {})
                 known = "lds" in found
                 cells.append(f"{found['lds']:.2f} [{found['low']:.2f}, {found['high']:.2f}]" if known else "-")
@@ -419,7 +459,9 @@ def run(kind: str, lines: Sequence[Line], options: argparse.Namespace, report: d
         report["run"] = {key: value for key, value in about.items() if key not in ("batches", "record")}
         results = report.setdefault("results", {})
         for package in sorted({line.package for line in lines}):
-            own = [line for line in lines if line.package == package and (line.large or kind != "large")]
+            own = [line for line in lines if line.package == package and line.runs_on(kind)]
+            if not own:
+                continue
             python = sys.executable if package == "hf_source" else options.peers_python
             for line, scores, cost in run_lines(own, folder, python, options.repeats, options.enough):
                 label = f"{package}: {line.method}"
@@ -435,7 +477,7 @@ def run(kind: str, lines: Sequence[Line], options: argparse.Namespace, report: d
 def main() -> None:
     """Run and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=["wiki", "facts", "large"], default=["wiki", "facts", "large"])
+    parser.add_argument("--rows", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--packages", nargs="+", choices=sorted({line.package for line in LINES}), default=None)
     parser.add_argument("--only", nargs="+", default=[""], help="methods to run, by a part of the name")
     parser.add_argument("--peers-python", default=sys.executable, help="interpreter of the others' environment")

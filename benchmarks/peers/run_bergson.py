@@ -57,12 +57,13 @@ NO_LIMIT = int(np.iinfo(np.int64).max)
 
 def index(export: Export, work: Path, **settings) -> IndexConfig:
     """Model, rows and batches."""
-    context = AutoConfig.from_pretrained(export.final).n_positions
+    context = AutoConfig.from_pretrained(export.final).max_position_embeddings
+    batch = export.about["batch"] * max(len(row["input_ids"]) for row in export.rows("rows"))
     return IndexConfig(
         run_path=str(work / "run"),
         model=str(export.final),
         data=DataConfig(dataset=str(export.folder / "rows")),
-        token_batch_size=context if context >= 1024 else NO_LIMIT,
+        token_batch_size=min(context, batch) if context >= 1024 else NO_LIMIT,
         overwrite=True,
         **settings,
     )

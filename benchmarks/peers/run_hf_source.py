@@ -46,6 +46,19 @@ METHODS = {
     "fast-source, n=64": {"method": "fast-source", "num_samples": 64},
     "fast-source, n=32": {"method": "fast-source", "num_samples": 32},
     "fast-source, n=32, small batches": {"method": "fast-source", "num_samples": 32, "max_tokens_per_batch": 1024},
+    "source joint, one segment": {"num_segments": 1},
+    "fast-source, one segment": {"method": "fast-source", "num_segments": 1},
+    **{
+        f"fast-source, one segment, n={n}": {"method": "fast-source", "num_samples": n, "num_segments": 1}
+        for n in (32, 64, 128, 256)
+    },
+    "fast-source, one segment, n=32, bfloat16": {
+        "method": "fast-source",
+        "num_samples": 32,
+        "num_segments": 1,
+        "vector_dtype": "bfloat16",
+    },
+    "fast-source, n=32, bfloat16": {"method": "fast-source", "num_samples": 32, "vector_dtype": "bfloat16"},
     "fast-source, n=128, bfloat16": {"method": "fast-source", "num_samples": 128, "vector_dtype": "bfloat16"},
     "fast-source, n=64, bfloat16": {"method": "fast-source", "num_samples": 64, "vector_dtype": "bfloat16"},
     "stepwise, 4 draws": {"method": "stepwise", "draws": 4},
@@ -54,13 +67,18 @@ METHODS = {
 }
 
 
+# Of models of which few rows go at once.
+LARGE = {"max_tokens_per_batch": 1024, "memory_budget": "5GiB"}
+
+
 def run(settings: dict):
     """A method of `SourceAttributor`, from opening the record to the scores."""
 
     def method(export: Export, work: Path) -> np.ndarray:
         about = json.loads((export.folder / "export.json").read_text(encoding="utf-8"))
         queries = Queries.from_dataset(load_from_disk(str(export.folder / "queries")))
-        attributor = SourceAttributor.from_record(about["record"], progress=False, **settings)
+        own = settings if about["batch"] == 64 else LARGE | settings
+        attributor = SourceAttributor.from_record(about["record"], progress=False, **own)
         return attributor.scores(None, queries)
 
     return method

@@ -34,9 +34,6 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 
-BATCH = 64
-
-
 class LanguageModeling(Task):
     """Summed losses of token rows."""
 
@@ -91,16 +88,15 @@ def run(strategy: str, damping: float | None, head: bool):
         )
         analyzer.set_dataloader_kwargs(DataLoaderKwargs(num_workers=0))
         rows, queries = (StackDataset(**export.padded(kind)) for kind in ("rows", "queries"))
-        analyzer.fit_all_factors(
-            "factors", dataset=rows, per_device_batch_size=BATCH, factor_args=FactorArguments(strategy=strategy)
-        )
+        batch, settings = export.about["batch"], FactorArguments(strategy=strategy)
+        analyzer.fit_all_factors("factors", dataset=rows, per_device_batch_size=batch, factor_args=settings)
         analyzer.compute_pairwise_scores(
             "scores",
             factors_name="factors",
             query_dataset=queries,
             train_dataset=rows,
             per_device_query_batch_size=len(queries),
-            per_device_train_batch_size=BATCH,
+            per_device_train_batch_size=batch,
             score_args=ScoreArguments(damping_factor=damping),
         )
         return analyzer.load_pairwise_scores("scores")["all_modules"].numpy()

@@ -139,7 +139,7 @@ class Plan:
             )
         if self.one_segment is not None:
             fewer = f"about {self.one_segment.seconds:,.0f} s, {self.one_segment.peak_memory / 2**20:,.0f} MiB"
-            lines.append(f"  with num_segments=1: {fewer}, and less accurate where training was long")
+            lines.append(f"  with num_segments=1: {fewer}, somewhat less accurate")
         lines += [] if self.advice is None else [str(self.advice)]
         return "\n".join(lines)
 
