@@ -43,10 +43,9 @@ def open_attributor(
     examples = {field.name: field.metadata.get("example", field.default) for field in own}
     known |= {name: example for name, example in examples.items() if isinstance(example, (str, int, float))}
     known |= {"cache_dir": "folder", "memory_budget": "2GiB", "vector_dtype": "bfloat16", "shard_model": True}
-    known["num_segments"] = 1
     if isinstance(settings.get("memory_budget"), int):
         settings["memory_budget"] = str(settings["memory_budget"])
-    known |= {"ensemble": "dropout", "ensemble_size": 10, "index": "runs/capitals-index"}
+    known |= {"ensemble": "dropout", "ensemble_size": 10, "index": "runs/capitals-index", "num_segments": 1}
     for key, value in settings.items():
         if key not in known:
             raise ConfigError(
