@@ -80,9 +80,13 @@ class Calibration:
 
 
 def calibrate(
-    attributor: "SourceAttributor", gradients: RowGradients, stage: StageRecord, num_queries: int
+    attributor: "SourceAttributor",
+    gradients: RowGradients,
+    stage: StageRecord,
+    num_queries: int,
+    together: int | None = None,
 ) -> Calibration:
-    """Run a few batches of a stage, at its final weights."""
+    """Run a few batches of a stage, at its final weights; rows meet so many queries at once, all by default."""
     rows = attributor.rows(stage)
     start = clock(attributor.device)
     if not gradients.checked:
@@ -111,21 +115,22 @@ def calibrate(
         return found
 
     if isinstance(attributor.options, ProjectedOptions):
-        alone = together = seconds(_projecting(attributor, gradients, stage))
+        alone = scoring = seconds(_projecting(attributor, gradients, stage))
     else:
         largest = max(parameter.numel() * parameter.element_size() for parameter in gradients.parameters.values())
-        most = min(num_queries, max(_MOST, _VECTOR_BYTES // largest))
+        held = num_queries if together is None else together
+        most = min(held, max(_MOST, _VECTOR_BYTES // largest))
         # Gradients are made of their factors for two vectors, but not for one.
         fewest = min(2, most)
-        alone, few, together = (
+        alone, few, scoring = (
             seconds(_scoring(gradients, count, attributor.vector_dtype)) for count in (1, fewest, most)
         )
-        together = max(few, together)
-        together += (together - few) * (num_queries - most) / max(1, most - fewest)
+        scoring = max(few, scoring)
+        scoring += (scoring - few) * (held - most) / max(1, most - fewest)
     first = checking + num_queries * float(rows.lengths[rows.trained].mean()) * alone  # a query is about a row
     speed = _operations_per_second(attributor, *_longest(attributor, gradients))
     batch = int(token_bytes * tokens)
-    return Calibration(alone, together, first, speed, batch, max(batch, kept), token_bytes, column_bytes)
+    return Calibration(alone, scoring, first, speed, batch, max(batch, kept), token_bytes, column_bytes)
 
 
 def _affordable(

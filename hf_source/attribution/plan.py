@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..budget import queries_at_once
 from ..curvature import EKFACCurvature, JointCurvature, column_bytes
 from ..curvature.joint import PIECE_BYTES
 from ..gradients import ClassificationTask, RowGradients
@@ -29,7 +28,8 @@ from ..recording import StageRecord
 from ..source import DIRECTIONS_BYTES, state_stride, wanted_parameters
 from .calibration import Calibration, calibrate
 from .cost import JointCost
-from .methods.base import carries_on_disk, vectors_each
+from .methods import METHODS
+from .methods.base import carries_on_disk, queries_together
 from .methods.projected import ProjectedOptions
 from .queries import Queries
 
@@ -75,6 +75,8 @@ class Plan:
         written: bytes that are kept in `cache_dir` at most, or, of vectors that are carried on, in a temporary folder.
         members: of the ensemble, one after another; `seconds` and `disk` are those of all, `stages` those of each.
         training_tokens: that each member trains on first.
+        walks: that the queries are taken in, some after others, where the memory budget has no room for the vectors of
+            all; part of `seconds` and of the stages' tokens.
         one_segment: the same with `num_segments=1`, where more of them are walked through.
         advice: which method is the better buy, where that can be said.
         few_samples: names of stages that classify rows of which most are not in the sample.
@@ -93,6 +95,7 @@ class Plan:
     written: int = 0
     members: int = 1
     training_tokens: int = 0
+    walks: int = 1
     one_segment: "Plan | None" = None
     advice: "Advice | None" = None
     few_samples: tuple[str, ...] = ()
@@ -115,6 +118,10 @@ class Plan:
         if self.members > 1:
             first = f", after training on {self.training_tokens:,} tokens" if self.training_tokens else ""
             lines.append(f"  {self.members} members, one after another, each{first}:")
+        if self.walks > 1:
+            lines.append(
+                f"  {self.walks} walks, some queries after others: memory_budget has no room for the vectors of all"
+            )
         if self.filter is not None:
             name, own = self.filter
             lines.append(f"  first {name}: about {own.seconds:,.1f} s, {own.peak_memory / 2**20:,.0f} MiB")
@@ -171,7 +178,8 @@ def measure(attributor: "SourceAttributor", queries: Queries, target: StageRecor
         gradients = RowGradients(model, attributor.rows(last).task, wanted)
     else:
         gradients = attributor.engine(last, model, wanted)
-    calibration = calibrate(attributor, gradients, last, len(queries))
+    together = queries_together(attributor, len(queries), METHODS[attributor.method])
+    calibration = calibrate(attributor, gradients, last, len(queries), together)
     if attributor.shards is not None:  # which may have timed different numbers of batches
         attributor.shards.settle()
         attributor.shards.release()
@@ -203,11 +211,14 @@ def estimate(attributor: "SourceAttributor", measured: Measured) -> Plan:
     sizes = [parameter.numel() for parameter in gradients.parameters.values()]
     columns = _column_bytes(attributor, gradients, last)
     passes = _sample_passes(attributor, columns)
-    plans = [_stage_plan(attributor, stage, passes, count) for stage in reversed(stages)]
-    speed = measured.calibration
+    together = queries_together(attributor, count, METHODS[attributor.method])
+    walks, speed = math.ceil(count / max(1, together)), measured.calibration
+    plans = [_stage_plan(attributor, stage, passes, together) for stage in reversed(stages)]
+    curvature = _curvature_operations(attributor, gradients, last, plans, columns, together)
+    for plan in plans:
+        plan.sample_tokens, plan.score_tokens = walks * plan.sample_tokens, walks * plan.score_tokens
     seconds = sum(plan.sample_tokens * speed.pass_seconds + plan.score_tokens * speed.score_seconds for plan in plans)
-    curvature = _curvature_operations(attributor, gradients, last, plans, columns, count)
-    seconds += curvature / speed.operations_per_second + speed.first_seconds
+    seconds += walks * curvature / speed.operations_per_second + speed.first_seconds
     return Plan(
         attributor.method,
         attributor.curvature_name,
@@ -215,10 +226,11 @@ def estimate(attributor: "SourceAttributor", measured: Measured) -> Plan:
         sum(sizes),
         plans,
         seconds,
-        _memory(attributor, gradients, count, columns, speed),
+        _memory(attributor, gradients, together, columns, speed),
         sum(stage.num_bytes for stage in stages),
-        _written(attributor, gradients, stages, count),
+        _written(attributor, gradients, stages, count, together),
         few_samples=_few_samples(attributor, stages),
+        walks=walks,
     )
 
 
@@ -263,13 +275,17 @@ def _index_plan(attributor: "SourceAttributor", measured: Measured) -> Plan:
 
 
 def _written(
-    attributor: "SourceAttributor", gradients: RowGradients, stages: list[StageRecord], num_queries: int
+    attributor: "SourceAttributor",
+    gradients: RowGradients,
+    stages: list[StageRecord],
+    num_queries: int,
+    together: int,
 ) -> int:
     """Vectors of a segment and of the one after it, and scores; of projected methods, every row's features."""
     element = (attributor.vector_dtype or attributor.dtype).itemsize
     vectors = sum(parameter.numel() * element for parameter in gradients.parameters.values())
     if attributor.cache_dir is None:
-        return num_queries * vectors if carries_on_disk(attributor, num_queries) else 0
+        return together * vectors if carries_on_disk(attributor, together) else 0
     if isinstance(attributor.options, ProjectedOptions):
         walked = {stage.name for stage in stages}
         return sum(
@@ -279,7 +295,8 @@ def _written(
             for stage, size, _ in _feature_sizes(attributor)
             if stage.name in walked
         )
-    return num_queries * (3 * vectors + sum(4 * len(stage.segments) * stage.num_rows for stage in stages))
+    scores = num_queries * sum(4 * len(stage.segments) * stage.num_rows for stage in stages)
+    return 3 * together * vectors + scores
 
 
 def _kept_features(attributor: "SourceAttributor", stage: StageRecord) -> int:
@@ -436,15 +453,13 @@ def _memory(
         memory["sample columns"] = min(_held_columns(attributor, gradients, columns, speed), most)
         memory["sample space"] = 6 * 8 * attributor.num_samples**2
         if attributor.method in ("source", "fast-source"):
-            each = vectors_each(attributor)
             held = (attributor.vector_dtype or attributor.dtype).itemsize
             mine = sum(sizes) // attributor.vector_shards
-            at_once = queries_at_once(attributor.query_budget, mine, held, num_queries, each)
             segments = sum(len(stage.segments) for stage in attributor.record.stages)
-            both = segments > 1 and not carries_on_disk(attributor, at_once)
-            memory["query vectors"] = (2 if both else 1) * at_once * mine * held
+            both = segments > 1 and not carries_on_disk(attributor, num_queries)
+            memory["query vectors"] = (2 if both else 1) * num_queries * mine * held
             memory["one parameter's block"] = max(
-                _block_bytes(attributor, size * element, held, at_once)
+                _block_bytes(attributor, size * element, held, num_queries)
                 for size, held in zip(sizes, columns, strict=True)
             )
             memory["segment"] = total  # its preconditioner

@@ -15,6 +15,7 @@ import importlib
 import json
 import re
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -222,6 +223,32 @@ def test_plan_says_what_will_be_done(story, queries):
     assert plan.peak_memory > 2 * 3 * 4 * plan.num_parameters
     assert "walk and score 'pretrain'" in str(plan)
     assert attributor(story, memory_budget=1000).plan(None, queries, "sft").stages[0].sample_passes > 1
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"curvature": "ekfac"}, {"method": "grad-dot"}, {"vector_dtype": "bfloat16"}], ids=str
+)
+def test_plan_counts_the_walks_that_a_memory_budget_makes(story, queries, settings, monkeypatch):
+    """Of four queries: as many passes and vectors at once as scoring then makes and holds."""
+    asked = Queries.from_text([*queries.prompts] * 2, [*queries.completions] * 2)
+    whole, base = attributor(story, **settings), importlib.import_module("hf_source.attribution.methods.base")
+    plan = whole.plan(None, asked, "pretrain")
+    assert plan.walks == 1 and "walks" not in str(plan)
+    size = base.num_vector_bytes(whole, 1)
+    assert size == plan.num_parameters * (2 if "vector_dtype" in settings else 4)  # both stages train the same weights
+    each = size * base.vectors_each(whole)
+    for room, walks in ((4, 1), (3, 2), (2, 2), (1, 4)):
+        small = attributor(story, memory_budget=room * each, **settings)
+        found = small.plan(None, asked, "pretrain")
+        assert found.walks == walks and (f"{walks} walks" in str(found)) == (walks > 1)
+        assert [s.score_tokens for s in found.stages] == [walks * s.score_tokens for s in plan.stages]
+        assert found.memory["query vectors"] <= plan.memory["query vectors"] * room / 4
+        sizes, score = [], METHODS[small.method].score
+        counted = replace(METHODS[small.method], score=lambda a, q, s=sizes, f=score: s.append(len(q)) or f(a, q))
+        with monkeypatch.context() as patch:
+            patch.setitem(METHODS, small.method, counted)
+            small.scores(None, asked, "sft")
+        assert len(sizes) == walks and max(sizes) == room
 
 
 def test_vectors_in_bfloat16(story, queries, scores):

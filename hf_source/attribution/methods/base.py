@@ -87,9 +87,11 @@ def vectors_each(attributor: "SourceAttributor") -> int:
 
 def num_vector_bytes(attributor: "SourceAttributor", num_queries: int) -> int:
     """What vectors of some queries over all trained parameters take, in each of the processes that share them."""
-    stages = attributor.record.stages
-    size = int(sum(np.prod(stage.tensor_info[name]["shape"]) for stage in stages for name in stage.trainable))
-    return num_queries * size * (attributor.vector_dtype or attributor.dtype).itemsize // attributor.vector_shards
+    names = [(stage, name) for stage in attributor.record.stages for name in stage.trainable]
+    # Stages that train the same weights have them in common.
+    sizes = {stage.canonical_name(name): int(np.prod(stage.tensor_info[name]["shape"])) for stage, name in names}
+    held = (attributor.vector_dtype or attributor.dtype).itemsize
+    return num_queries * sum(sizes.values()) * held // attributor.vector_shards
 
 
 def carries_on_disk(attributor: "SourceAttributor", num_queries: int) -> bool:
@@ -100,11 +102,18 @@ def carries_on_disk(attributor: "SourceAttributor", num_queries: int) -> bool:
     return walks and several and budget is not None and 2 * num_vector_bytes(attributor, num_queries) > budget
 
 
+def queries_together(attributor: "SourceAttributor", num_queries: int, method: Method) -> int:
+    """How many of the queries are taken at once: all, or as many as the memory budget has room for."""
+    if method.together:
+        return num_queries
+    size, each = num_vector_bytes(attributor, 1), vectors_each(attributor)
+    return queries_at_once(attributor.query_budget, size, 1, num_queries, each)
+
+
 def in_chunks(attributor: "SourceAttributor", queries: Queries, method: Method) -> Scores:
     """Scores of a method, of some queries after another where the vectors of all do not fit the memory budget."""
-    size, each = num_vector_bytes(attributor, 1), vectors_each(attributor)
-    step = queries_at_once(attributor.query_budget, size, 1, len(queries), each)
-    if step >= len(queries) or method.together:
+    step = queries_together(attributor, len(queries), method)
+    if step >= len(queries):
         yield from method.score(attributor, queries)
         return
     found: dict[str, list[np.ndarray]] = {}
