@@ -125,14 +125,22 @@ def test_a_long_step_of_a_replay_is_timed_once(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rank", "narrow", "share"), [(8, False, 0.05), (64, False, 0.5), (300, False, 1), (300, True, 0.5)]
+    ("rank", "factored", "narrow", "expected"),
+    [
+        (8, False, False, 15 * 8**3 + 4 * 8**2 * 600),
+        (300, False, True, 15 * 300**3 + 4 * 300**2 * 600),
+        (400, False, False, 15 * 600**3),
+        (400, False, True, 15 * 600**3 * 0.5),
+        (8, True, False, 15 * 600**3 * 0.05),
+        (64, True, False, 15 * 600**3 * 0.5),
+    ],
 )
-def test_directions_of_a_side_are_no_more_than_its_gradients_have_rows(rank, narrow, share):
+def test_directions_of_a_side_are_no_more_than_its_gradients_have_rows(rank, factored, narrow, expected):
     """An adapter's long side: all of its directions are looked for only where there may be as many."""
     own = JointCost(rank // 4, 16, 0, narrow=narrow)
     whole = JointCost(rank // 4, 16, 0, tail=False, narrow=narrow)
-    eigen = own.of((4, 600), False) - whole.of((4, 600), False) - rank // 4 * 4 * 2400 * 604
-    assert eigen == pytest.approx(15 * (600**3 * share + 4**3))
+    eigen = own.of((4, 600), factored) - whole.of((4, 600), factored) - rank // 4 * 4 * 2400 * 604
+    assert eigen == pytest.approx(expected + 15 * 4**3)
 
 
 @pytest.mark.parametrize(
