@@ -101,6 +101,17 @@ def test_what_is_known_is_exact(both):
     np.testing.assert_allclose(rebuilt.steps().clip_factor[logged], true.steps().clip_factor[logged], rtol=1e-6)
 
 
+def test_rebuilt_segments_are_read_as_fewer(both):
+    """Of a run that was recorded, and of one that was not: uniform visits have the weight of all segments."""
+    for record in both:
+        parts, (whole,) = record.stage().segments, record.merged(1).stage().segments
+        for read in ("row_weights", "num_visits"):
+            np.testing.assert_allclose(getattr(whole, read)(), sum(getattr(part, read)() for part in parts), rtol=1e-9)
+        walker = SourceAttributor(record, num_samples=8, num_segments=1, progress=False)
+        scores = walker.scores(None, Queries.from_text(["Peru:"], [" Lima"]))
+        assert scores[0].argmax() == 20  # the row that says so
+
+
 def test_what_is_assumed_is_near(both):
     """18 checkpoints for 36 steps: weights within 5 %, preconditioners 2 %, learning rates times clipping 10 %."""
     true, rebuilt = (record.stage() for record in both)
