@@ -33,8 +33,9 @@ def alone(*words):
     return result.stdout
 
 
-def test_two_processes_speak_and_write_once(story, tmp_path):
-    words = ["attribute", story.path, *ASKED, "--stage", "pretrain", "--out"]
+@pytest.mark.parametrize("more", [[], ["--num-segments", "1"]], ids=["as recorded", "one segment"])
+def test_two_processes_speak_and_write_once(story, tmp_path, more):
+    words = ["attribute", story.path, *ASKED, *more, "--stage", "pretrain", "--out"]
     expected = alone(*words, tmp_path / "one.parquet")
     said = launch("commands.py", *words, tmp_path / "two.parquet")
     assert said == expected.replace("one.parquet", "two.parquet")

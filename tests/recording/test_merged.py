@@ -20,7 +20,7 @@ from cases import config, random_rows, tiny_gpt2, tiny_llama, train
 from transformers import TrainerCallback
 
 from hf_source import Queries, SourceAttributor, SourceTrainer, TrainingRecord
-from hf_source.errors import ConfigError
+from hf_source.errors import ConfigError, RecordError
 from hf_source.recording.optimizers import CombinedOptimizer
 
 
@@ -116,7 +116,7 @@ def test_checkpoints_of_all_parts(tmp_path):
         for step in part.checkpoint_steps:
             for name, tensor in record.merged(1).stage().weights((0, step)).items():
                 assert torch.equal(tensor, part.checkpoint(step)[name])
-    with pytest.raises(Exception, match="holds no weights of step 1000"):
+    with pytest.raises(RecordError, match="holds no weights of step 1000"):
         segment.checkpoint(1000)
 
 
